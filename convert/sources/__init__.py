@@ -1,0 +1,39 @@
+"""Other people's checkpoints, each format with its reader, all behind `open_source`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_openelm.errors import InputError
+
+from .corenet import open_corenet
+from .huggingface import open_huggingface
+from .lazy import LazyTensor, Source, file_size, read_range
+from .safetensors_file import open_safetensors
+
+__all__ = ["LazyTensor", "Source", "open_source"]
+
+
+def open_source(path: Path, *, ema: bool = False) -> Source:
+    """Open a checkpoint; its kind is recognised from its content. Reads headers only.
+
+    A directory is one in Hugging Face's form; a file is PyTorch's or a safetensors file. `ema`
+    takes the averaged weights of a full training checkpoint.
+
+    Raises:
+        InputError: when it is of no known kind, damaged, or names anything that could be run.
+    """
+    if path.is_dir():
+        source = open_huggingface(path)
+    elif _is_safetensors(path):
+        source = Source("safetensors file", path, open_safetensors(path))
+    else:
+        return open_corenet(path, ema=ema)
+    if ema:
+        raise InputError(f"{path}: only a full training checkpoint has averaged weights")
+    return source
+
+
+def _is_safetensors(path: Path) -> bool:
+    start = read_range(path, 0, min(file_size(path), 9))
+    return start[8:] == b"{" and not start.startswith((b"PK", b"\x80"))

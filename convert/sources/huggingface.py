@@ -1,0 +1,90 @@
+"""A Hugging Face model directory: `config.json` beside safetensors or `pytorch_model.bin`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import InputError
+
+from .lazy import LazyTensor, Source, read_json, shown
+from .safetensors_file import open_safetensors
+from .torch_file import lazy_tensors, open_torch
+
+
+def open_huggingface(path: Path) -> Source:
+    """A directory in Hugging Face's form, its weights in one file or in shards with an index.
+
+    Raises:
+        InputError: when weights are missing, or a file is damaged; says which.
+    """
+    for name, opener in WEIGHTS.items():
+        if (path / name).exists():
+            tensors = opener(path / name)
+            break
+        index = path / f"{name}.index.json"
+        if index.exists():
+            tensors = open_shards(index, opener)
+            break
+    else:
+        raise InputError(
+            f"{path}: no weights in it: {' or '.join(WEIGHTS)} is needed, or "
+            "its .index.json (for a CoreNet checkpoint, name the .pt file itself)"
+        )
+    config, tokenizer = path / "config.json", path / "tokenizer.model"
+    return Source(
+        f"Hugging Face directory ({name})",
+        path,
+        tensors,
+        OpenELMConfig.from_json(config) if config.exists() else None,
+        tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def open_shards(
+    index: Path, opener: Callable[[Path], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of all files that an index names, which must agree with it exactly.
+
+    Raises:
+        InputError: when a shard is missing or lies outside the directory, or a tensor is missing,
+            in two shards, or not in the index.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise InputError(f"{index}: its weight_map is missing or is no map from text to text")
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(set(places.values())):
+        if shard in ("", ".", "..") or "\0" in shard or Path(shard).name != shard:
+            raise InputError(f"{index}: names {shown(shard)}, which is not a file beside it")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index}: the shard {shown(shard)} is missing; download it too")
+        for name, tensor in opener(index.parent / shard).items():
+            if places.get(name) != shard:
+                raise InputError(
+                    f"{index}: tensor {shown(name)} is in {shown(shard)}, but the index says "
+                    f"{shown(places[name]) if name in places else 'nothing of it'}"
+                )
+            tensors[name] = tensor
+    missing = sorted(places.keys() - tensors.keys())
+    if missing:
+        raise InputError(
+            f"{index}: tensor {shown(missing[0])} is not in {shown(places[missing[0]])}, though "
+            "the index says so"
+        )
+    return tensors
+
+
+def _open_bin(path: Path) -> dict[str, LazyTensor]:
+    file = open_torch(path)
+    if not isinstance(file.content, dict):
+        raise InputError(f"{path}: holds a {type(file.content).__name__}, not a state dict")
+    return lazy_tensors(file, file.content)
+
+
+# In the order in which transformers looks for them
+WEIGHTS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
+    "model.safetensors": open_safetensors,
+    "pytorch_model.bin": _open_bin,
+}

@@ -1,0 +1,40 @@
+"""mlx-openelm: run Apple's OpenELM language models on Apple silicon, with MLX.
+
+    from mlx_openelm import load, generate
+    model, tokenizer = load("demo")
+    print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
+"""
+
+try:
+    import mlx.core as _mx  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "mlx-openelm needs MLX with a backend. On Linux the choice is yours: pip install "
+        "'mlx-openelm[cpu]', or [cuda12] or [cuda13]; on a Mac with Apple silicon: "
+        f"pip install mlx ({error})"
+    ) from error
+
+from .cache import KVCache
+from .checkpoint import load
+from .config import OpenELMConfig
+from .decoding import GenerationResponse
+from .errors import InputError, OpenELMError
+from .generate import generate, stream_generate
+from .model import OpenELM
+from .sampling import make_logits_processors, make_sampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerationResponse",
+    "InputError",
+    "KVCache",
+    "OpenELM",
+    "OpenELMConfig",
+    "OpenELMError",
+    "generate",
+    "load",
+    "make_logits_processors",
+    "make_sampler",
+    "stream_generate",
+]

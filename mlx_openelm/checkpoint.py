@@ -1,0 +1,200 @@
+"""A model directory on disk: read, write, check. The format is mlx-lm's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from . import device
+from .config import OpenELMConfig, read_json_object
+from .errors import InputError
+from .hub import resolve, resolve_tokenizer
+from .model import OpenELM
+from .quantization import Quantization
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+SHARD_BYTES = 1 << 30
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    lazy: bool = False,
+) -> tuple[OpenELM, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
+        tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
+            tokenizer of its own, or in place of it.
+        revision: branch, tag or commit of the Hugging Face repository.
+        lazy: leave the weights on disk until they are first used.
+
+    Raises:
+        InputError: when something is missing or wrong; says which file, which tensor.
+        OpenELMError: when the hub can't be reached.
+    """
+    from .tokenizer import load_tokenizer
+
+    directory = resolve(path_or_hf_repo, revision)
+    model = load_model(directory, lazy=lazy)
+    source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
+    loaded = load_tokenizer(source)
+    check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
+    return model, loaded
+
+
+def check_vocabulary(pieces: int, rows: int, where: str) -> None:
+    """Refuse a tokenizer with more pieces than the model has embedding rows.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    if pieces > rows:
+        raise InputError(
+            f"{where}: the tokenizer has {pieces} pieces, the model only {rows} embedding rows; "
+            "this is not the model's tokenizer"
+        )
+
+
+def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
+    """The model in a directory, in the dtype that suits the device.
+
+    Raises:
+        InputError: when a file or tensor is missing, damaged or of the wrong shape.
+    """
+    values = read_json_object(directory / "config.json")
+    where = str(directory / "config.json")
+    config = OpenELMConfig.from_dict(values, where)
+    stored = values.get("quantization") or values.get("quantization_config")
+    quantization = Quantization.from_dict(stored, where) if isinstance(stored, Mapping) else None
+    arrays, files = read_arrays(directory)
+    if config.share_input_output_layers:
+        drop_redundant_head(arrays, str(files.get("lm_head.weight")))
+    norm = arrays.get("transformer.norm.weight")
+    dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
+    try:
+        model = OpenELM(config, arrays, quantization, dtype)
+    except InputError as error:
+        named = [file for name, file in files.items() if name in str(error).split()]
+        raise InputError(f"{named[0] if named else directory}: {error}") from None
+    del arrays
+    if not lazy:
+        mx.eval(model.parameters())
+    return model
+
+
+def drop_redundant_head(arrays: dict[str, mx.array], where: str) -> None:
+    """Remove an `lm_head.weight` that repeats the tied embeddings, as some fine-tunes carry.
+
+    Raises:
+        InputError: when it isn't the same matrix.
+    """
+    head = arrays.pop("lm_head.weight", None)
+    embeddings = arrays.get("transformer.token_embeddings.weight")
+    if head is None or embeddings is None:
+        return
+    if head.shape != embeddings.shape or not mx.array_equal(head, embeddings).item():
+        raise InputError(
+            f"{where}: lm_head.weight differs from transformer.token_embeddings.weight, but "
+            "config.json says that they are shared (share_input_output_layers)"
+        )
+
+
+def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
+    """The tensors of a directory's safetensors files, not yet read, and the file of each.
+
+    Raises:
+        InputError: when there are none, or one is missing or damaged.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: no weight_map")
+        names = sorted(set(map(str, shards.values())))
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise InputError(
+            f"{directory}: no model.safetensors in it (other formats have to be converted: "
+            "openelm-convert)"
+        )
+    arrays: dict[str, mx.array] = {}
+    files: dict[str, Path] = {}
+    for name in names:
+        file = directory / name
+        if Path(name).name != name or not file.is_file():
+            raise InputError(f"{file}: missing, though {index.name} names it")
+        try:
+            found = mx.load(str(file))
+        except RuntimeError as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+        assert isinstance(found, dict)
+        twice = arrays.keys() & found.keys()
+        if twice:
+            raise InputError(f"{file}: tensor {min(twice)} is in {files[min(twice)].name} too")
+        arrays |= found
+        files |= dict.fromkeys(found, file)
+    return arrays, files
+
+
+def save_model(
+    directory: Path,
+    config: OpenELMConfig,
+    arrays: Iterable[tuple[str, mx.array]],
+    quantization: Quantization | None = None,
+) -> None:
+    """Write `config.json` and the weights, in shards of at most 1 GiB.
+
+    `arrays` is consumed as it comes: no more than one shard is in memory.
+    """
+    values: dict[str, Any] = {"architectures": ["OpenELMForCausalLM"], **config.to_dict()}
+    if quantization is not None:
+        values["quantization"] = values["quantization_config"] = quantization.to_dict()
+    write_json(directory / "config.json", values)
+
+    shards: list[dict[str, mx.array]] = []
+    written: list[list[str]] = []
+    total = 0
+
+    def flush(shard: dict[str, mx.array]) -> None:
+        file = directory / f"shard-{len(written)}.safetensors"
+        mx.save_safetensors(str(file), shard, {"format": "mlx"})
+        written.append(list(shard))
+
+    shard: dict[str, mx.array] = {}
+    size = 0
+    for name, array in arrays:
+        if shard and size + array.nbytes > SHARD_BYTES:
+            flush(shard)
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+        total += array.nbytes
+    flush(shard)
+    del shards
+
+    if len(written) == 1:
+        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(written):
+        file = f"model-{i + 1:05}-of-{len(written):05}.safetensors"
+        (directory / f"shard-{i}.safetensors").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON for people and machines: indented, UTF-8, a newline at the end."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,286 @@
+"""The loop: prefill, decode, stop. Names, arguments and responses are mlx-lm's."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .cache import KVCache
+from .errors import InputError
+from .model import OpenELM
+from .sampling import LogitsProcessor, Sampler, make_sampler
+from .stopping import StopStrings
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | mx.array
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One generated token.
+
+    Attributes:
+        text: the text that is now certain; may be empty.
+        token: its id.
+        logprobs: log-probabilities of all tokens, [vocab]; not computed until used.
+        from_draft: whether a draft model proposed it.
+        prompt_tokens, generation_tokens: counts; the latter includes this token.
+        prompt_tps: prompt tokens per second until the first token.
+        generation_tps: generated tokens per second since the first.
+        peak_memory: the most that MLX has held so far, in GB (1e9 bytes).
+        finish_reason: "stop" after an end-of-sequence token or a stop string, "length" when
+            `max_tokens` or the context is used up, None while there is more.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+
+
+def prefill(
+    model: OpenELM,
+    prompt: mx.array,
+    cache: KVCache,
+    step_size: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Put `prompt` [L] into the cache, in chunks; returns the last position's logits [1, vocab].
+
+    `progress` is called with (tokens done, tokens in all) after each chunk.
+
+    Raises:
+        InputError: when the prompt doesn't fit into the context.
+    """
+    total, done = prompt.size, 0
+    room = cache.room()
+    if room is not None and total > room:
+        raise InputError(
+            f"the prompt has {total} tokens, more than the {room} that are left of the model's "
+            f"context of {model.config.max_context_length}; shorten it, or let the context slide "
+            "with --max-kv-size (max_kv_size= in Python)"
+        )
+    while True:
+        count = cache.longest_step(min(step_size, total - done))
+        logits = model(prompt[None, done : done + count], cache, last_only=True)
+        done += count
+        if done == total:
+            return logits[:, 0]
+        mx.eval(cache.keys, cache.values)
+        mx.clear_cache()
+        if progress:
+            progress(done, total)
+
+
+def generate_step(
+    prompt: mx.array,
+    model: OpenELM,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: KVCache | None = None,
+    prefill_step_size: int = 512,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[tuple[int, mx.array]]:
+    """Token ids that continue `prompt` [L], each with its log-probabilities [vocab_size].
+
+    The next step is built while the device works on the current one.
+
+    Args:
+        max_tokens: how many at most; -1: until the context is full.
+        sampler: log-probabilities [1, vocab] -> token [1]; greedy by default.
+        logits_processors: applied in order, before the sampler.
+        max_kv_size: let the context slide (see `KVCache`).
+        prompt_cache: what came before the prompt; updated in place.
+        prefill_step_size: tokens of the prompt that one step takes.
+        prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
+        vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
+
+    Raises:
+        InputError: when the prompt is empty, or doesn't fit into the context.
+    """
+    if prompt.size == 0:
+        raise InputError("the prompt is empty")
+    if prefill_step_size < 1:
+        raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
+    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size)
+    sampler = sampler or make_sampler()
+    processors = tuple(logits_processors or ())
+    seen = prompt
+
+    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
+        logits = logits[:, :vocab_size]
+        for process in processors:
+            logits = process(seen, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = sampler(logprobs)
+        mx.async_eval(token)
+        return token, logprobs[0]
+
+    limit = token_limit(cache, prompt.size, max_tokens)
+    logits = prefill(model, prompt, cache, prefill_step_size, prompt_progress_callback)
+    token, logprobs = choose(logits)
+    if prompt_progress_callback:
+        mx.eval(token)
+        prompt_progress_callback(prompt.size, prompt.size)
+    for count in itertools.count(1):
+        last = count == limit
+        if not last:
+            if processors:
+                seen = mx.concatenate([seen, token])
+            following = choose(model(token[None], cache, last_only=True)[:, 0])
+        yield int(token.item()), logprobs
+        if last:
+            return
+        token, logprobs = following
+
+
+def token_limit(cache: KVCache, prompt_tokens: int, max_tokens: int) -> int | None:
+    """How many tokens can follow a prompt: `max_tokens` (-1: any), or what the context leaves."""
+    room = cache.room()
+    limits = [max_tokens] if max_tokens >= 0 else []
+    if room is not None:
+        limits.append(max(room - prompt_tokens, 0) + 1)  # the last token needs no room
+    return min(limits, default=None)
+
+
+def stream_generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Continue a prompt; one response per token, the last one with a `finish_reason`.
+
+    Args:
+        prompt: text (a `<s>` is put in front unless it is there) or token ids (taken as is).
+        max_tokens: how many tokens at most; -1: until the context is full.
+        stop: strings that end the text; they are not part of it.
+        options: see `generate_step`.
+
+    Raises:
+        InputError: when the prompt is empty or too long, or an argument is out of its range.
+    """
+    if max_tokens == 0 or max_tokens < -1:
+        raise InputError(f"max_tokens must be at least 1 (or -1: no limit), not {max_tokens}")
+    strings = StopStrings((stop,) if isinstance(stop, str) else stop)
+    ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
+    return _stream(model, tokenizer, ids, max_tokens, strings, options)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.array:
+    """Token ids [L], int32, of text or of ids.
+
+    Raises:
+        InputError: when there is no text, or an id that the model doesn't have.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError("the prompt is empty")
+        bos = tokenizer.bos_token
+        ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
+    else:
+        ids = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
+    strange = [i for i in ids if not 0 <= i < vocab_size]
+    if strange:
+        raise InputError(f"token id {strange[0]} is not below the model's {vocab_size}")
+    return mx.array(ids, mx.int32)
+
+
+def _stream(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: mx.array,
+    max_tokens: int,
+    stop: StopStrings,
+    options: dict[str, Any],
+) -> Iterator[GenerationResponse]:
+    cache = options.pop("prompt_cache", None) or model.make_cache(options.pop("max_kv_size", None))
+    limit = token_limit(cache, prompt.size, max_tokens)
+    detokenizer = tokenizer.detokenizer
+    start = time.perf_counter()
+    steps = generate_step(
+        prompt,
+        model,
+        max_tokens=max_tokens,
+        prompt_cache=cache,
+        vocab_size=tokenizer.vocab_size,
+        **options,
+    )
+    for count, (token, logprobs) in enumerate(steps, 1):
+        now = time.perf_counter()
+        if count == 1:
+            first = now
+        ended = token in tokenizer.eos_token_ids
+        if not ended:
+            detokenizer.add_token(token)
+        if ended or count == limit:
+            detokenizer.finalize()
+        text = stop.feed(detokenizer.last_segment)
+        finish_reason = "stop" if ended or stop.found else "length" if count == limit else None
+        yield GenerationResponse(
+            text=text + stop.finish() if finish_reason else text,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=prompt.size,
+            prompt_tps=prompt.size / (first - start),
+            generation_tokens=count,
+            generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+        )
+        if finish_reason:
+            return
+
+
+def generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The text that continues a prompt.
+
+    Args:
+        verbose: print the text as it comes, and the speed.
+        options: see `stream_generate`.
+    """
+    text = ""
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print(f"\n{summary(response)}")
+    return text
+
+
+def summary(response: GenerationResponse) -> str:
+    """The speeds of a finished generation, in the lines that mlx-lm prints."""
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB"
+    )

@@ -1,0 +1,128 @@
+"""`python -m mlx_openelm.generate`: text from a prompt, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from .. import __version__, make_logits_processors, make_sampler
+from ..checkpoint import load
+from ..command import INTERRUPTED, add_debug, run, tell
+from ..decoding import GenerationResponse, stream_generate, summary
+from ..hub import BUNDLED
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog="openelm-generate",
+        description="Continue a prompt with an OpenELM model. The text goes to standard output.",
+    )
+    p.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="model directory or Hugging Face id (default: the small bundled demo)",
+    )
+    p.add_argument("--prompt", "-p", required=True, help="the text to continue; - reads stdin")
+    p.add_argument("--chat", action="store_true", help="put the prompt as a message to the model")
+    p.add_argument("--max-tokens", "-m", type=int, default=100, metavar="N", help="default: 100")
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default): all")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the top")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: less")
+    sampling.add_argument("--seed", type=int, help="the same text every time")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
+    )
+    more = p.add_argument_group("more")
+    more.add_argument(
+        "--max-kv-size", type=int, metavar="N", help="let the context slide beyond N tokens"
+    )
+    more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where the model has none")
+    more.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
+    more.add_argument("--json", action="store_true", help="one JSON object instead of the text")
+    loudness = more.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", "-v", action="store_true", help="show speed and memory")
+    loudness.add_argument("--quiet", "-q", action="store_true", help="nothing but the text")
+    more.add_argument("--version", action="version", version=f"mlx-openelm {__version__}")
+    add_debug(more)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(command, parser().parse_args(argv))
+
+
+def command(args: argparse.Namespace) -> int:
+    """Load, generate, print."""
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    options: dict[str, Any] = {
+        "max_tokens": args.max_tokens,
+        "stop": args.stop,
+        "max_kv_size": args.max_kv_size,
+        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed),
+        "logits_processors": make_logits_processors(repetition_penalty=args.repetition_penalty),
+    }
+    if args.model is None and not args.quiet:
+        tell(
+            "no --model: this is the bundled demo, a small teller of tales (for a published "
+            "model: --model apple/OpenELM-270M-Instruct --tokenizer meta-llama/Llama-2-7b-hf)"
+        )
+    start = time.perf_counter()
+    model, tokenizer = load(
+        args.model or BUNDLED["demo"], tokenizer=args.tokenizer, revision=args.revision
+    )
+    loaded = time.perf_counter()
+    if args.chat and prompt:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
+
+    responses: list[GenerationResponse] = []
+    interrupted = False
+    first = loaded
+    try:
+        for response in stream_generate(model, tokenizer, prompt, **options):
+            if not responses:
+                first = time.perf_counter()
+            responses.append(response)
+            if not args.json:
+                print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if args.json:
+        print(json.dumps(_report(responses, interrupted), ensure_ascii=False))
+    else:
+        print()
+    if args.verbose and responses:
+        tell(f"Loaded in {loaded - start:.3f} s, first token after {first - loaded:.3f} s more")
+        tell(summary(responses[-1]))
+    return INTERRUPTED if interrupted else 0
+
+
+def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
+    last = responses[-1] if responses else None
+    return {
+        "text": "".join(r.text for r in responses),
+        "tokens": [r.token for r in responses],
+        "finish_reason": "interrupted" if interrupted else last and last.finish_reason,
+        **{
+            field: last and getattr(last, field)
+            for field in (
+                "prompt_tokens",
+                "prompt_tps",
+                "generation_tokens",
+                "generation_tps",
+                "peak_memory",
+            )
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

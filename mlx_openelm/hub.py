@@ -1,0 +1,86 @@
+"""Where a model is: a local directory, a bundled one, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import InputError, OpenELMError
+
+DEMO = Path(__file__).parent / "demo"
+BUNDLED = {"demo": DEMO / "demo", "demo-draft": DEMO / "demo-draft"}
+
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+PICKLED_FILES = ("*.json", "*.bin", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "*.jinja")
+
+
+def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: local, bundled, or downloaded from the Hugging Face hub.
+
+    Raises:
+        InputError: when there is no such directory or repository.
+        OpenELMError: when the hub can't be reached.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    if path.is_file():
+        raise InputError(f"{path} is a file, not a model directory (convert it: openelm-convert)")
+    return _local(path) or _download(str(path_or_hf_repo), MODEL_FILES, revision)
+
+
+def resolve_source(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The file or directory of a checkpoint to convert; as `resolve`, pickled weights included.
+
+    Raises:
+        InputError, OpenELMError: as `resolve`.
+    """
+    found = _local(Path(path_or_hf_repo).expanduser())
+    if found:
+        return found
+    directory = _download(str(path_or_hf_repo), MODEL_FILES, revision)
+    if any(directory.glob("*.safetensors")):
+        return directory
+    return _download(str(path_or_hf_repo), PICKLED_FILES, revision)
+
+
+def resolve_tokenizer(path_or_hf_repo: str | Path) -> Path:
+    """The file or directory of a tokenizer: local, or downloaded from the Hugging Face hub.
+
+    Raises:
+        InputError, OpenELMError: as `resolve`.
+    """
+    found = _local(Path(path_or_hf_repo).expanduser())
+    return found or _download(str(path_or_hf_repo), TOKENIZER_FILES, None)
+
+
+def _local(path: Path) -> Path | None:
+    return path if path.exists() else BUNDLED.get(str(path))
+
+
+def _download(repo: str, patterns: Iterable[str], revision: str | None) -> Path:
+    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")) or repo.endswith("/"):
+        raise InputError(f"{repo}: no such file or directory")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except errors.HFValidationError:
+        raise InputError(f"{repo}: no such file or directory, nor a Hugging Face id") from None
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{repo}: access to this Hugging Face repository has to be asked for on its page; "
+            "then log in with: hf auth login"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{repo}: has no revision {revision!r} on the Hugging Face hub") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"{repo}: no such file or directory, nor a repository on the Hugging Face hub that is "
+            "public or that you may see (hf auth login)"
+        ) from None
+    except Exception as error:  # whatever the hub's HTTP client raises without a network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OpenELMError(
+            f"{repo}: no such directory here, and the Hugging Face hub can't be reached ({reason})"
+            "; with a copy of the model on this machine, give the path of its directory"
+        ) from error

@@ -1,0 +1,179 @@
+"""Logits -> token. The names, arguments and order of the filters are mlx-lm's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from .errors import InputError
+
+Sampler = Callable[[mx.array], mx.array]
+"""Log-probabilities [B, vocab] -> tokens [B]."""
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""(tokens so far [n], logits [B, vocab]) -> logits [B, vocab]."""
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Sampler:
+    """A function that draws tokens from log-probabilities.
+
+    Args:
+        temp: temperature; 0 takes the most likely token, and the rest is ignored.
+        top_p: keep the most likely tokens that together reach this probability (nucleus,
+            arXiv 1904.09751); 0 or 1 keeps all.
+        min_p: keep tokens at least this times as likely as the likeliest (arXiv 2407.01082).
+        min_tokens_to_keep: how many `min_p` always leaves.
+        top_k: keep this many of the most likely tokens; 0 keeps all.
+        seed: for draws of its own, the same every time; else from MLX's global random state.
+
+    The filters apply before the temperature, as in mlx-lm.
+
+    Raises:
+        InputError: when a value is out of its range.
+    """
+    _check("temp", temp, temp >= 0, "at least 0")
+    _check("top_p", top_p, 0 <= top_p <= 1, "between 0 and 1")
+    _check("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1")
+    _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "at least 1")
+    _check("top_k", top_k, top_k >= 0, "at least 0")
+    if temp == 0:
+        return _greedy
+    key = None if seed is None else mx.random.key(seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        if 0 < top_p < 1:
+            logprobs = keep_top_p(logprobs, top_p)
+        if min_p > 0:
+            logprobs = keep_min_p(logprobs, min_p, min_tokens_to_keep)
+        if 0 < top_k < logprobs.shape[-1]:
+            logprobs = keep_top_k(logprobs, top_k)
+        if key is None:
+            return mx.random.categorical(logprobs * (1 / temp))
+        key, now = mx.random.split(key)
+        return mx.random.categorical(logprobs * (1 / temp), key=now)
+
+    return sample
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def keep_top_k(logprobs: mx.array, k: int) -> mx.array:
+    """All but the `k` largest of [B, vocab] become -inf; of equals at the edge, any."""
+    rest = mx.argpartition(-logprobs, kth=k - 1, axis=-1)[..., k:]
+    return mx.put_along_axis(logprobs, rest, mx.array(-math.inf, logprobs.dtype), axis=-1)
+
+
+def keep_top_p(logprobs: mx.array, p: float) -> mx.array:
+    """The smallest set of likeliest tokens that reaches probability `p`; the rest -inf."""
+    order = mx.argsort(-logprobs, axis=-1)
+    probs = mx.softmax(mx.take_along_axis(logprobs, order, axis=-1).astype(mx.float32), axis=-1)
+    before = mx.cumsum(probs, axis=-1, inclusive=False)
+    kept = mx.put_along_axis(mx.zeros_like(logprobs, dtype=mx.bool_), order, before < p, axis=-1)
+    return mx.where(kept, logprobs, -math.inf)
+
+
+def keep_min_p(logprobs: mx.array, min_p: float, at_least: int = 1) -> mx.array:
+    """Tokens less than `min_p` times as likely as the likeliest become -inf."""
+    edge = mx.max(logprobs, axis=-1, keepdims=True) + math.log(min_p)
+    if at_least > 1:
+        at_least = min(at_least, logprobs.shape[-1])
+        largest = mx.topk(logprobs, at_least, axis=-1)
+        edge = mx.minimum(edge, mx.min(largest, axis=-1, keepdims=True))
+    return mx.where(logprobs < edge, -math.inf, logprobs)
+
+
+def make_logits_processors(
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+) -> list[LogitsProcessor]:
+    """Functions that change the logits before sampling.
+
+    Args:
+        logit_bias: token id -> what is added to its logit.
+        repetition_penalty: logits of recent tokens are divided by it when positive, multiplied
+            when negative (CTRL, arXiv 1909.05858, with the sign fix that all runtimes have).
+        presence_penalty: subtracted once from the logit of a recent token.
+        frequency_penalty: subtracted for each occurrence of a recent token.
+        repetition_context_size, presence_context_size, frequency_context_size: how many of the
+            last tokens, prompt included, are recent.
+
+    Raises:
+        InputError: when a penalty or context size is out of its range.
+    """
+    processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(_add_bias(logit_bias))
+    for name, make, penalty, size in (
+        ("repetition", _repetition, repetition_penalty, repetition_context_size),
+        ("presence", _presence, presence_penalty, presence_context_size),
+        ("frequency", _frequency, frequency_penalty, frequency_context_size),
+    ):
+        if penalty is None or penalty == 0:
+            continue
+        finite = math.isfinite(penalty)
+        _check(f"{name}_penalty", penalty, finite and (penalty > 0 or make is not _repetition))
+        _check(f"{name}_context_size", size, size >= 1, "at least 1")
+        processors.append(_on_recent(make, penalty, size))
+    return processors
+
+
+def _add_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
+    ids, values = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()))
+    highest, lowest = max(logit_bias), min(logit_bias)
+
+    def add(_: mx.array, logits: mx.array) -> mx.array:
+        size = logits.shape[-1]
+        _check("logit_bias", highest, lowest >= 0 and highest < size, f"for ids below {size}")
+        return logits.at[:, ids].add(values.astype(logits.dtype))
+
+    return add
+
+
+_Penalise = Callable[[mx.array, mx.array, float], mx.array]
+
+
+def _on_recent(penalise: _Penalise, penalty: float, size: int) -> LogitsProcessor:
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size == 0:
+            return logits
+        return penalise(logits, tokens[-size:], penalty)
+
+    return process
+
+
+def _repetition(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    chosen = logits[:, recent]
+    chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
+    logits[:, recent] = chosen
+    return logits
+
+
+def _presence(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    logits[:, recent] = logits[:, recent] - penalty
+    return logits
+
+
+def _frequency(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    return logits.at[:, recent].subtract(mx.array(penalty, logits.dtype))
+
+
+def _check(name: str, value: float, fits: bool, wanted: str = "a positive number") -> None:
+    if not fits:
+        raise InputError(f"{name} must be {wanted}, not {value}")

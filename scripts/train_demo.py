@@ -1,0 +1,392 @@
+"""Train the bundled models: a tokenizer, `demo`, and `demo-draft` distilled from it.
+
+    python scripts/train_demo.py --data TALES --out OUT --minutes 90 --draft-minutes 20
+
+Writes, the way CoreNet saves them, OUT/demo.pt and OUT/demo-draft.pt (state dicts), beside each a
+`*.config.json` in Hugging Face's form, OUT/demo.model (SentencePiece) and OUT/training.json.
+A step `tokenizer`, `demo` or `draft` alone is run by naming it. Needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_openelm.config import OpenELMConfig
+
+CONTEXT = 1024
+DEMO = OpenELMConfig.scaled(
+    vocab_size=4096,
+    model_dim=192,
+    head_dim=64,
+    num_transformer_layers=8,
+    num_gqa_groups=2,
+    ffn_dim_divisor=64,
+    max_context_length=CONTEXT,
+    rope_max_length=2 * CONTEXT,
+)
+DRAFT = OpenELMConfig.scaled(
+    vocab_size=4096,
+    model_dim=128,
+    head_dim=64,
+    num_transformer_layers=2,
+    num_gqa_groups=2,
+    ffn_multipliers=(1.0, 3.0),
+    ffn_dim_divisor=64,
+    max_context_length=CONTEXT,
+    rope_max_length=2 * CONTEXT,
+)
+BLOCK = 20  # paragraphs; every HELD_OUT-th block is kept from training
+HELD_OUT = 20
+MUON_LR, ADAM_LR, WEIGHT_DECAY, DROPOUT = 0.02, 3e-3, 0.05, 0.1
+WARMUP, DECAY = 0.02, 0.4  # shares of the time
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+
+
+def is_heading(paragraph: str) -> bool:
+    return paragraph.upper() == paragraph
+
+
+def blocks(data: Path) -> Iterator[list[list[str]]]:
+    """Runs of some BLOCK paragraphs, each a list of (parts of) tales, each a list of paragraphs."""
+    for book in sorted(data.glob("*.txt")):
+        paragraphs = [p.strip() for p in book.read_text(encoding="utf-8").split("\n\n")]
+        paragraphs = [p for p in paragraphs if p]
+        for start in range(0, len(paragraphs), BLOCK):
+            tales: list[list[str]] = [[]]
+            for paragraph in paragraphs[start : start + BLOCK]:
+                if is_heading(paragraph):
+                    tales.append([])
+                else:
+                    tales[-1].append(paragraph)
+            yield [tale for tale in tales if tale]
+
+
+def split(data: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """(training, held-out) tales: every HELD_OUT-th block is held out."""
+    training: list[list[str]] = []
+    held_out: list[list[str]] = []
+    for i, tales in enumerate(blocks(data)):
+        if i % HELD_OUT == HELD_OUT // 2:
+            held_out += tales
+        else:
+            training += tales
+    return training, held_out
+
+
+def train_tokenizer(tales: list[list[str]], out: Path) -> None:
+    """LLaMA's flags, 4,096 pieces."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(p for tale in tales for p in tale),
+        model_prefix=str(out / "demo"),
+        vocab_size=DEMO.vocab_size,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        byte_fallback=True,
+        character_coverage=0.9999,
+        max_sentence_length=100_000,
+        pad_id=-1,
+    )
+    (out / "demo.vocab").unlink()
+
+
+class Text:
+    """Tales in one row of token ids, each as `<s> … </s>`, its paragraphs on lines of their own."""
+
+    def __init__(self, tales: list[list[str]], tokenizer: sentencepiece.SentencePieceProcessor):
+        ids: list[int] = []
+        self.paragraphs: list[tuple[list[int], int]] = []  # as a text begins with it; its end
+        before = tokenizer.encode("x")
+        for tale in tales:
+            ids.append(tokenizer.bos_id())
+            for i, paragraph in enumerate(tale):
+                first = tokenizer.encode(paragraph)
+                ids += first if i == 0 else tokenizer.encode("x\n" + paragraph)[len(before) :]
+                self.paragraphs.append((first, len(ids)))
+            ids.append(tokenizer.eos_id())
+        self.ids = np.array(ids)
+
+    def windows(self, rng: np.random.Generator, batch: int, length: int) -> Tensor:
+        """[batch, length + 1] ids: `<s>`, then text from the start of random paragraphs."""
+        rows = []
+        while len(rows) < batch:
+            first, end = self.paragraphs[rng.integers(len(self.paragraphs))]
+            row = np.concatenate([[1], first, self.ids[end : end + length]])[: length + 1]
+            if len(row) == length + 1:
+                rows.append(row)
+        return torch.from_numpy(np.stack(rows))
+
+    def all_windows(self, length: int) -> Iterator[Tensor]:
+        for start in range(0, len(self.ids) - length - 1, length):
+            row = self.ids[start : start + length + 1].copy()
+            row[0] = 1
+            yield torch.from_numpy(row)[None]
+
+
+# ---------------------------------------------------------------------------------------------
+# The network, with CoreNet's tensor names
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: OpenELMConfig, heads: int, kv_heads: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, c.head_dim
+        rows = (heads + 2 * kv_heads) * c.head_dim
+        self.qkv_proj = nn.Linear(c.model_dim, rows, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.out_proj = nn.Linear(heads * c.head_dim, c.model_dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, L, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        repeats = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, L, -1))
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.proj_1 = nn.Linear(dim, 2 * width, bias=False)
+        self.proj_2 = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.proj_1(x).chunk(2, -1)
+        out: Tensor = self.proj_2(F.silu(gate) * up)
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, c: OpenELMConfig, i: int):
+        super().__init__()
+        self.attn = Attention(c, c.num_query_heads[i], c.num_kv_heads[i])
+        self.ffn = FeedForward(c.model_dim, c.ffn_dims[i])
+        self.attn_norm = RMSNorm(c.model_dim, c.rms_norm_eps)
+        self.ffn_norm = RMSNorm(c.model_dim, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
+        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin), dropout, self.training)
+        return x + F.dropout(self.ffn(self.ffn_norm(x)), dropout, self.training)
+
+
+class Network(nn.Module):
+    def __init__(self, c: OpenELMConfig, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.token_embeddings = nn.Embedding(c.vocab_size, c.model_dim)
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_transformer_layers))
+        self.norm = RMSNorm(c.model_dim, c.rms_norm_eps)
+        pairs = torch.arange(c.head_dim // 2) * 2 / c.head_dim
+        angles = torch.outer(torch.arange(CONTEXT), c.rope_freq_constant**-pairs).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            if name.endswith(("out_proj.weight", "proj_2.weight")):
+                nn.init.zeros_(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]  # type: ignore[index]
+        x = F.dropout(self.token_embeddings(ids), self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, cos, sin, self.dropout)
+        return F.linear(self.norm(x), self.token_embeddings.weight)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def loss_on(network: nn.Module, text: Text, length: int) -> float:
+    """Mean cross entropy in nats per token, over the whole text."""
+    network.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for window in text.all_windows(length):
+            logits = network(window[:, :-1])
+            total += F.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
+            count += window.shape[1] - 1
+    network.train()
+    return total / count
+
+
+def learning_rate(progress: float) -> float:
+    """Warm-up, constant, then linear to zero; `progress` from 0 to 1."""
+    return min(progress / WARMUP, 1.0, (1.0 - progress) / DECAY)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: K. Jordan et al., 2024, with their Newton-Schulz coefficients.
+
+    PyTorch's own iterates in bfloat16, which a CPU without such instructions does at a crawl.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(momentum, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def train(
+    network: Network,
+    training: Text,
+    held_out: Text,
+    minutes: float,
+    batch_tokens: int,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    out: Path,
+) -> dict[str, float]:
+    """Train for `minutes`, keep the weights with the lowest held-out loss, save them to `out`."""
+    matrices = [p for p in network.layers.parameters() if p.dim() == 2]
+    rest = [p for p in network.parameters() if all(p is not m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    base = [o.param_groups[0]["lr"] for o in optimizers]
+    rng = np.random.default_rng(0)
+    best: dict[str, float] = {"validation_loss": math.inf}
+    step, seen, worse, start, next_look = 0, 0, 0, time.monotonic(), 0.05
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1 and worse < 5:
+        for optimizer, lr in zip(optimizers, base):
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(progress)
+        length = CONTEXT if progress > 0.85 else 512
+        window = training.windows(rng, batch_tokens // length, length)
+        loss = objective(window[:, :-1], window[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + window.numel()
+        if step % 50 == 0:
+            print(f"{progress:6.1%} step {step} loss {loss.item():.4f}", flush=True)
+        if progress > next_look or (time.monotonic() - start) / (60 * minutes) >= 1:
+            next_look = progress + 0.05
+            validation = loss_on(network, held_out, 512)
+            print(f"{progress:6.1%} {seen:,} tokens, validation loss {validation:.4f}", flush=True)
+            worse = 0 if validation < best["validation_loss"] else worse + 1
+            if worse == 0:
+                best = {"validation_loss": validation, "tokens_seen": seen, "steps": step}
+                state = {k: v.detach().clone() for k, v in network.state_dict().items()}
+                torch.save(state, out)
+    best["minutes"] = (time.monotonic() - start) / 60
+    best["validation_perplexity"] = math.exp(best["validation_loss"])
+    best["parameters"] = sum(p.numel() for p in network.parameters())
+    return best
+
+
+def train_demo(training: Text, held_out: Text, minutes: float, out: Path) -> dict[str, float]:
+    network = Network(DEMO, dropout=DROPOUT)
+    run = torch.compile(network, dynamic=False)
+
+    def objective(ids: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(run(ids).flatten(0, 1), targets.flatten())
+
+    return train(network, training, held_out, minutes, 4096, objective, out / "demo.pt")
+
+
+def distil_draft(training: Text, held_out: Text, minutes: float, out: Path) -> dict[str, float]:
+    teacher = Network(DEMO)
+    teacher.load_state_dict(torch.load(out / "demo.pt", weights_only=True))
+    teacher.eval().requires_grad_(False)
+    student = Network(DRAFT)
+    run, teach = (torch.compile(m, dynamic=False) for m in (student, teacher))
+
+    def objective(ids: Tensor, _: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teach(ids).flatten(0, 1).log_softmax(-1)
+        got = run(ids).flatten(0, 1).log_softmax(-1)
+        return F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+
+    return train(student, training, held_out, minutes, 4096, objective, out / "demo-draft.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("steps", nargs="*", default=["tokenizer", "demo", "draft"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of .txt files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--draft-minutes", type=float, default=20)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tales, held_out_tales = split(args.data)
+    if "tokenizer" in args.steps:
+        train_tokenizer(tales, args.out)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "demo.model"))
+    training, held_out = Text(tales, tokenizer), Text(held_out_tales, tokenizer)
+    print(f"{len(training.ids):,} tokens to train on, {len(held_out.ids):,} held out", flush=True)
+    record_file = args.out / "training.json"
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    record |= {"training_tokens": len(training.ids), "held_out_tokens": len(held_out.ids)}
+    for step, run, config, minutes in (
+        ("demo", train_demo, DEMO, args.minutes),
+        ("draft", distil_draft, DRAFT, args.draft_minutes),
+    ):
+        if step in args.steps:
+            name = "demo" if step == "demo" else "demo-draft"
+            record[name] = run(training, held_out, minutes, args.out)
+            text = json.dumps(config.to_dict(), indent=2) + "\n"
+            (args.out / f"{name}.config.json").write_text(text)
+            record_file.write_text(json.dumps(record, indent=2) + "\n")
+            print(json.dumps(record[name], indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Keys and values: growth, trimming, sliding."""
+
+from __future__ import annotations
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_openelm import InputError
+from mlx_openelm.cache import FIRST_CAPACITY, KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm.config import OpenELMConfig
+
+from .models import CONFIGS, UNEVEN, random_model
+
+CONFIG = CONFIGS["uneven"]
+
+
+def random_tokens(length: int) -> mx.array:
+    return mx.array(np.random.default_rng(2).integers(0, CONFIG.vocab_size, (1, length)))
+
+
+def test_buffers_double_up_to_the_context() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache()
+    capacities = []
+    for _ in range(CONFIG.max_context_length):
+        model(mx.array([[1]]), cache)
+        mx.eval(cache.keys, cache.values)
+        capacities.append(cache.capacity)
+    assert sorted(set(capacities)) == [FIRST_CAPACITY, 2 * FIRST_CAPACITY, 600]
+    per_position = 4 * sum(2 * k * CONFIG.head_dim for k in CONFIG.num_kv_heads)
+    assert cache.nbytes == 600 * per_position
+    with pytest.raises(InputError, match="600 tokens long: 600 are in the cache and 1 more"):
+        model(mx.array([[1]]), cache)
+
+
+def test_a_token_is_written_in_place() -> None:
+    """Decoding may not need a second copy of the cache, nor one that stays."""
+    config = OpenELMConfig(**{**UNEVEN, "max_context_length": 1 << 16})
+    model = random_model(config)
+    cache = model.make_cache()
+    cache.reserve(1, 1 << 15)
+    mx.eval(cache.keys, cache.values)
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(20):
+        mx.eval(model(mx.array([[1]]), cache), cache.keys, cache.values)
+    largest_buffer = max(k.nbytes for k in cache.keys)
+    assert mx.get_peak_memory() - held < largest_buffer
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_trimming_is_exact(count: int) -> None:
+    model = random_model(CONFIG)
+    tokens = random_tokens(40)
+    cache = model.make_cache()
+    model(tokens, cache)
+    cache.trim(count)
+    again = model(tokens[:, 40 - count :], cache)
+    assert mx.abs(again - model(tokens)[:, 40 - count :]).max().item() < 1e-5
+
+
+def test_trimming_too_much_is_refused() -> None:
+    cache = random_model(CONFIG).make_cache()
+    with pytest.raises(InputError, match="can't trim 1 of 0"):
+        cache.trim(1)
+
+
+def sliding_logits(max_size: int, steps: list[int], tokens: mx.array) -> mx.array:
+    model = random_model(CONFIG)
+    cache = model.make_cache(max_size)
+    parts, done = [], 0
+    for wanted in itertools.cycle(steps):
+        if done == tokens.shape[1]:
+            return mx.concatenate(parts, axis=1)
+        count = cache.longest_step(min(wanted, tokens.shape[1] - done))
+        parts.append(model(tokens[:, done : done + count], cache))
+        mx.eval(parts[-1], cache.keys, cache.values)
+        done += count
+    raise AssertionError
+
+
+def windowed_logits(max_size: int, tokens: np.ndarray) -> np.ndarray:
+    """Each position computed anew in one pass, with the window as a mask in plain NumPy."""
+    from . import reference
+
+    q = np.arange(tokens.shape[1])[:, None]
+    k = np.arange(tokens.shape[1])[None]
+    visible = (k <= q) & ((k < KEPT_TOKENS) | (k > q - (max_size - KEPT_TOKENS)))
+    tri = np.tri
+    try:
+        np.tri = lambda *_, **__: visible  # type: ignore[assignment]
+        return reference.logits(CONFIG, reference.random_weights(CONFIG, 0), tokens)
+    finally:
+        np.tri = tri
+
+
+@pytest.mark.parametrize("steps", [[1], [512], [3, SLIDING_STEP, 1, 17]], ids=str)
+@pytest.mark.parametrize("max_size", [5, 12, 100])
+def test_a_sliding_context_is_a_window_however_it_is_cut(max_size: int, steps: list[int]) -> None:
+    tokens = random_tokens(330)
+    wanted = windowed_logits(max_size, np.array(tokens))
+    assert np.abs(np.array(sliding_logits(max_size, steps, tokens)) - wanted).max() < 1e-4
+
+
+def test_a_sliding_context_has_no_end() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache(8)
+    for _ in range(CONFIG.max_context_length + 100):
+        logits = model(mx.array([[3]]), cache)
+        mx.eval(logits, cache.keys, cache.values)
+    assert cache.offset == 700
+    assert cache.capacity == 8 + SLIDING_STEP - 1
+    assert np.isfinite(np.array(logits)).all()
+
+
+@pytest.mark.parametrize("size", [-1, 0, KEPT_TOKENS, 601])
+def test_sizes_that_make_no_sense_are_refused(size: int) -> None:
+    with pytest.raises(InputError, match="max_kv_size must be more than 4 and at most"):
+        random_model(CONFIG).make_cache(size)
+
+
+def test_a_cache_belongs_to_one_batch_size() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache)
+    with pytest.raises(InputError, match="holds 1 sequences, the tokens are of 2"):
+        model(mx.array([[1], [2]]), cache)

@@ -1,0 +1,184 @@
+"""`python -m mlx_openelm.generate`, run as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_openelm import OpenELM, generate
+from mlx_openelm.hub import BUNDLED
+from mlx_openelm.tokenizer import Tokenizer
+
+from .conftest import Run
+
+MODULE = "mlx_openelm.generate"
+PROMPT = "Once upon a time"
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(
+    run: Run, demo: tuple[OpenELM, Tokenizer]
+) -> None:
+    result = run(MODULE, "--prompt", PROMPT, "--max-tokens", "30")
+    assert result.returncode == 0
+    assert result.stdout == generate(*demo, PROMPT, max_tokens=30) + "\n"
+    assert result.stderr.count("\n") == 1
+    assert "bundled demo" in result.stderr
+    again = run(MODULE, "--prompt", PROMPT, "--max-tokens", "30", "--temp", "0", "--quiet")
+    assert again.stdout == result.stdout
+    assert again.stderr == ""
+
+
+def test_a_prompt_from_stdin_loses_its_last_newline(run: Run) -> None:
+    options = ("--max-tokens", "10", "--model", "demo")
+    piped = run(MODULE, "--prompt", "-", *options, stdin=PROMPT + "\n")
+    assert piped.stdout == run(MODULE, "--prompt", PROMPT, *options).stdout
+    assert piped.stderr == ""
+
+
+def test_verbose_tells_speed_and_memory(run: Run) -> None:
+    result = run(MODULE, "-p", PROMPT, "-m", "5", "-v")
+    for words in ("first token after", "Prompt: ", "Generation: 5 tokens", "Peak memory: "):
+        assert words in result.stderr
+
+
+def test_json_is_one_object(run: Run) -> None:
+    text = run(MODULE, "-p", PROMPT, "-m", "6", "-q").stdout.removesuffix("\n")
+    report = json.loads(run(MODULE, "-p", PROMPT, "-m", "6", "--json").stdout)
+    assert report["text"] == text
+    assert report["finish_reason"] == "length"
+    assert len(report["tokens"]) == report["generation_tokens"] == 6
+
+
+def test_sampling_options_reach_the_sampler(run: Run) -> None:
+    def text(*options: str) -> str:
+        result = run(MODULE, "-p", PROMPT, "-m", "25", "-q", *options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    greedy = text()
+    hot = text("--temp", "1.2", "--seed", "1")
+    assert hot == text("--temp", "1.2", "--seed", "1") != text("--temp", "1.2", "--seed", "2")
+    assert text("--temp", "1.2", "--top-k", "1") == greedy
+    assert text("--temp", "1.2", "--top-p", "1e-6") == greedy
+    assert text("--temp", "1.2", "--min-p", "1") == greedy
+    assert text("--repetition-penalty", "2") != greedy
+    assert greedy.startswith(text("--stop", greedy[5:8]).removesuffix("\n"))
+    assert len(text("--stop", greedy[5:8])) == 6
+
+
+def test_chat_puts_the_prompt_into_the_instruct_format(
+    run: Run, demo: tuple[OpenELM, Tokenizer]
+) -> None:
+    model, tokenizer = demo
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}])
+    result = run(MODULE, "-p", "Who are you?", "--chat", "-m", "12", "-q")
+    assert result.stdout == generate(model, tokenizer, ids, max_tokens=12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--temp", "-1"], "temp must be at least 0"),
+        (["--top-p", "2"], "top_p must be between 0 and 1"),
+        (["--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["--prompt", "a " * 1100], "tokens, more than the 1024"),
+        (["--model", "./nowhere"], "./nowhere: no such file or directory"),
+        (["--model", "nowhere"], "nowhere: no such file or directory"),
+        (["--model", str(Path(__file__))], "is a file, not a model directory"),
+        (["--model", str(Path(__file__).parent)], "config.json: No such file"),
+        (["--tokenizer", "./nowhere.model"], "./nowhere.model: no such file"),
+        (["--max-kv-size", "2"], "max_kv_size must be more than 4"),
+        (["--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run: Run, options: list[str], message: str) -> None:
+    given = options if "--prompt" in options else ["--prompt", PROMPT, *options]
+    result = run(MODULE, "--quiet", *given)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    result = run(MODULE, "-p", "x", "--temp", "-1", "--debug")
+    assert "Traceback" in result.stderr
+    assert result.returncode == 1
+
+
+def test_ctrl_c_ends_with_what_was_made() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULE, "-p", PROMPT, "-m", "1000", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    assert "bundled demo" in process.stderr.readline()
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert process.returncode == 130
+    report = json.loads(out)
+    assert report["finish_reason"] == "interrupted"
+    assert 0 < len(report["tokens"]) < 1000
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m {MODULE} -p '{PROMPT}' -m 300 -q | head -c 10"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert len(result.stdout) == 10
+    assert result.stderr == ""
+
+
+def test_help_fits_a_narrow_terminal(run: Run) -> None:
+    result = run(MODULE, "--help", COLUMNS="60")
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 60
+
+
+def test_the_name_generate_is_the_function_and_the_package() -> None:
+    import importlib
+
+    import mlx_openelm
+
+    importlib.import_module("mlx_openelm.generate.__main__")
+    assert callable(mlx_openelm.generate)
+    assert "mlx_openelm.generate" in sys.modules
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_models_are_known_by_name(run: Run, name: str) -> None:
+    result = run(MODULE, "--model", name, "-p", PROMPT, "-m", "3")
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+def test_importing_is_cheap() -> None:
+    code = (
+        "import time; t = time.perf_counter(); import mlx_openelm; t = time.perf_counter() - t; "
+        "import sys; heavy = {'torch', 'transformers', 'huggingface_hub', 'sentencepiece', "
+        "'tokenizers', 'yaml', 'rich', 'numpy'} & set(sys.modules); print(t, *heavy)"
+    )
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+        for _ in range(5)
+    ]
+    assert min(float(seconds) for seconds, *_ in outputs) < 0.25
+    assert all(heavy == [] for _, *heavy in outputs)
+
+
+def test_without_a_backend_the_import_says_which_extra_to_install() -> None:
+    code = "import sys; sys.modules['mlx.core'] = None; import mlx_openelm"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "mlx-openelm[cpu]" in result.stderr

@@ -1,0 +1,128 @@
+"""The network against the float64 reference."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_openelm import InputError, OpenELM, load
+from mlx_openelm.quantization import Quantization, Scheme, quantize
+
+from . import reference
+from .models import CONFIGS, UNEVEN, random_model
+
+BOUND = 1e-4  # max abs difference of float32 logits; they are of the order of 1 to 10
+
+
+def tokens_for(vocab: int, batch: int, length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_are_the_references(name: str, batch: int) -> None:
+    config = CONFIGS[name]
+    weights = reference.random_weights(config, seed=0)
+    tokens = tokens_for(config.vocab_size, batch, 40)
+    wanted = reference.logits(config, weights, tokens)
+    logits = random_model(config)(mx.array(tokens))
+    assert np.abs(wanted).max() > 1
+    assert np.abs(np.array(logits) - wanted).max() < BOUND
+
+
+def test_logits_of_the_demo_are_the_references() -> None:
+    model, tokenizer = load("demo")
+    weights = {name: np.array(array) for name, array in model.parameters().items()}
+    text = "Once upon a time there was a king who had three daughters, and the youngest said:"
+    tokens = np.array([tokenizer.encode(text)])
+    wanted = reference.logits(model.config, weights, tokens)
+    assert np.abs(wanted).max() > 5
+    assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_through_the_cache_give_the_logits_of_one_pass(name: str, chunk: int) -> None:
+    config = CONFIGS[name]
+    weights = reference.random_weights(config, seed=0)
+    tokens = tokens_for(config.vocab_size, 3, 70)
+    wanted = reference.logits(config, weights, tokens)
+    model = random_model(config)
+    cache = model.make_cache()
+    parts = [
+        model(mx.array(tokens[:, i : i + chunk]), cache) for i in range(0, tokens.shape[1], chunk)
+    ]
+    assert cache.offset == tokens.shape[1]
+    assert np.abs(np.array(mx.concatenate(parts, axis=1)) - wanted).max() < BOUND
+
+
+def test_last_only_is_the_last_position() -> None:
+    model = random_model(CONFIGS["uneven"])
+    tokens = mx.array(tokens_for(96, 2, 9))
+    logits = model(tokens, last_only=True)
+    assert logits.shape == (2, 1, 96)
+    assert mx.abs(logits[:, 0] - model(tokens)[:, -1]).max().item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(32, 4), Scheme(32, 8), Scheme(32, 3), Scheme(32, 4, "mxfp4"), Scheme(16, 4, "nvfp4")],
+    ids=lambda s: f"{s.mode}-{s.bits}",
+)
+def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme) -> None:
+    config = CONFIGS["untied"].__class__(
+        **{**UNEVEN, "ffn_dim_divisor": 32, "head_dim": 16}, share_input_output_layers=False
+    )
+    weights = reference.random_weights(config, seed=0)
+    stored, dequantized = {}, {}
+    for name, value in weights.items():
+        array = mx.array(value)
+        stored[name], dequantized[name] = array, value
+        if array.ndim == 2:
+            matrix = quantize(array, scheme)
+            module = name.removesuffix(".weight")
+            stored |= {f"{module}.{part}": a for part, a in matrix.arrays()}
+            dequantized[name] = np.array(matrix.take(mx.arange(array.shape[0]), mx.float32))
+    model = OpenELM(config, stored, Quantization(scheme))
+    assert model.parameters().keys() == stored.keys()
+    tokens = tokens_for(config.vocab_size, 2, 12)
+    wanted = reference.logits(config, dequantized, tokens)
+    assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
+
+
+def test_parameters_are_the_tensors_it_was_made_of() -> None:
+    weights = reference.random_weights(CONFIGS["untied"], seed=0)
+    parameters = random_model(CONFIGS["untied"]).parameters()
+    assert parameters.keys() == weights.keys()
+    assert all(np.array_equal(np.array(parameters[k]), v) for k, v in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("transformer.layers.1.attn.k_norm.weight"), "k_norm.weight is missing"),
+        (lambda w: w.update({"transformer.extra": mx.zeros(1)}), "transformer.extra is not part"),
+        (
+            lambda w: w.update({"transformer.norm.weight": mx.zeros(5)}),
+            r"transformer.norm.weight has the shape \[5\]; \[32\] is expected",
+        ),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    weights = reference.random_weights(CONFIGS["uneven"], seed=0)
+    arrays = {name: mx.array(value) for name, value in weights.items()}
+    change(arrays)
+    with pytest.raises(InputError, match=message):
+        OpenELM(CONFIGS["uneven"], arrays)
+
+
+def test_half_precision_stays_near_the_reference() -> None:
+    config = CONFIGS["uneven"]
+    weights = reference.random_weights(config, seed=0)
+    tokens = tokens_for(config.vocab_size, 1, 12)
+    wanted = reference.logits(config, weights, tokens)
+    model = OpenELM(config, {k: mx.array(v) for k, v in weights.items()}, dtype=mx.bfloat16)
+    logits = model(mx.array(tokens))
+    assert logits.dtype == mx.bfloat16
+    assert np.abs(np.array(logits.astype(mx.float32)) - wanted).max() < 0.25
