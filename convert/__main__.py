@@ -109,8 +109,17 @@ def _scheme(args: argparse.Namespace) -> Scheme | None:
 def _config(
     given: Path | None, source: Source, shapes: dict[str, tuple[int, ...]]
 ) -> OpenELMConfig:
+    if given is None and source.config is not None:
+        return source.config
     if given is None:
-        return source.config or infer_config(shapes)
+        config = infer_config(shapes)
+        tell(
+            f"geometry inferred from the tensors: {config.num_transformer_layers} layers, width "
+            f"{config.model_dim}, vocabulary {config.vocab_size}; a context of "
+            f"{config.max_context_length} tokens and RoPE's base {config.rope_freq_constant:g} are "
+            "taken from the published models (--config says otherwise)"
+        )
+        return config
     if given.suffix.lower() in (".yaml", ".yml"):
         return OpenELMConfig.from_corenet_yaml(given)
     return OpenELMConfig.from_json(given)

@@ -88,9 +88,10 @@ def canonical_name(name: str) -> str | None:
     """The name that a model directory has for a tensor; None when no layout knows it."""
     while name.startswith(WRAPPERS):
         name = name[name.index(".") + 1 :]
-    index = _INDEX.search(name)
+    found = _INDEX.search(name)
+    index = found.group() if found else ""
     template = _INDEX.sub("{i}", name)
     for layout in LAYOUTS.values():
-        if template in layout:
-            return layout[template].replace("{i}", index.group() if index else "")
+        if template.replace("{i}", index) == name and template in layout:
+            return layout[template].replace("{i}", index)
     return None

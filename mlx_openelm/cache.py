@@ -116,8 +116,8 @@ class KVCache:
             for heads in self.config.num_kv_heads
         ]
         if self.keys:
-            self.keys = [mx.concatenate(pair, axis=2) for pair in zip(self.keys, empty)]
-            self.values = [mx.concatenate(pair, axis=2) for pair in zip(self.values, empty)]
+            self.keys = [mx.concatenate([k, e], axis=2) for k, e in zip(self.keys, empty)]
+            self.values = [mx.concatenate([v, e], axis=2) for v, e in zip(self.values, empty)]
         else:
             self.keys, self.values = empty, [mx.zeros_like(buffer) for buffer in empty]
 

@@ -155,14 +155,9 @@ def save_model(
 ) -> None:
     """Write `config.json` and the weights, in shards of at most 1 GiB.
 
-    `arrays` is consumed as it comes: no more than one shard is in memory.
+    `arrays` is consumed as it comes: no more than one shard is in memory. `quantization` is read
+    when that is done.
     """
-    values: dict[str, Any] = {"architectures": ["OpenELMForCausalLM"], **config.to_dict()}
-    if quantization is not None:
-        values["quantization"] = values["quantization_config"] = quantization.to_dict()
-    write_json(directory / "config.json", values)
-
-    shards: list[dict[str, mx.array]] = []
     written: list[list[str]] = []
     total = 0
 
@@ -181,12 +176,20 @@ def save_model(
         size += array.nbytes
         total += array.nbytes
     flush(shard)
-    del shards
+    _name_shards(directory, written, total)
 
+    values: dict[str, Any] = {"architectures": ["OpenELMForCausalLM"], **config.to_dict()}
+    if quantization is not None:
+        values["quantization"] = values["quantization_config"] = quantization.to_dict()
+    write_json(directory / "config.json", values)
+
+
+def _name_shards(directory: Path, written: list[list[str]], total: int) -> None:
+    """Give `shard-N.safetensors` the names that depend on how many they are; write the index."""
     if len(written) == 1:
         (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(written):
         file = f"model-{i + 1:05}-of-{len(written):05}.safetensors"
         (directory / f"shard-{i}.safetensors").rename(directory / file)

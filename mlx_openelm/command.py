@@ -38,7 +38,7 @@ def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse
         return 1
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
+def add_debug(parser: argparse._ActionsContainer) -> None:
     """The `--debug` option that `run` looks at."""
     parser.add_argument("--debug", action="store_true", help="on errors, show the traceback")
 

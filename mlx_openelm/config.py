@@ -75,8 +75,8 @@ class OpenELMConfig:
     eos_token_id: int = 2
 
     def __post_init__(self) -> None:
-        for name, low in _LOWEST.items():
-            _check_integer(name, getattr(self, name), low)
+        for name, allowed in _RANGES.items():
+            _check_integer(name, getattr(self, name), allowed)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, f"must be true or false, not {getattr(self, name)!r}")
@@ -90,7 +90,7 @@ class OpenELMConfig:
             object.__setattr__(self, name, values)
         for name in ("num_query_heads", "num_kv_heads"):
             for i, heads in enumerate(getattr(self, name)):
-                _check_integer(f"{name}[{i}]", heads, 1)
+                _check_integer(f"{name}[{i}]", heads)
         for i, (heads, kv_heads) in enumerate(
             zip(self.num_query_heads, self.num_kv_heads, strict=True)
         ):
@@ -137,7 +137,7 @@ class OpenELMConfig:
             ("num_transformer_layers", layers),
             ("num_gqa_groups", num_gqa_groups),
         ):
-            _check_integer(name, value, 1)
+            _check_integer(name, value, _RANGES.get(name, _COUNT))
         for name, ends in (
             ("qkv_multipliers", qkv_multipliers),
             ("ffn_multipliers", ffn_multipliers),
@@ -247,20 +247,20 @@ class OpenELMConfig:
         return {"model_type": "openelm", **lists}
 
 
-_LOWEST = {
-    "vocab_size": 1,
-    "model_dim": 1,
-    "head_dim": 2,
-    "num_transformer_layers": 1,
-    "ffn_dim_divisor": 1,
-    "rope_max_length": 1,
-    "max_context_length": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
+_COUNT = range(1, 2**31)
+_RANGES = {
+    "vocab_size": _COUNT,
+    "model_dim": _COUNT,
+    "head_dim": range(2, 2**31),
+    "num_transformer_layers": range(1, 10_001),
+    "ffn_dim_divisor": _COUNT,
+    "rope_max_length": _COUNT,
+    "max_context_length": _COUNT,
+    "bos_token_id": range(2**31),
+    "eos_token_id": range(2**31),
 }
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
-_LIMIT = 2**31
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -307,13 +307,13 @@ def _bad(field: str, reason: str) -> InputError:
     return InputError(f"{field} {reason}")
 
 
-def _check_integer(field: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < _LIMIT:
-        raise _bad(field, f"must be an integer from {low} to {_LIMIT - 1}, not {value!r}")
+def _check_integer(field: str, value: object, allowed: range = _COUNT) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+        raise _bad(field, f"must be an integer from {allowed[0]} to {allowed[-1]}, not {value!r}")
 
 
 def _check_positive(field: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _LIMIT:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**31:
         raise _bad(field, f"must be a positive number below 2**31, not {value!r}")
 
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -130,7 +130,7 @@ def generate_step(
             logits = process(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         token = sampler(logprobs)
-        mx.async_eval(token)
+        mx.async_eval(token)  # type: ignore[no-untyped-call]
         return token, logprobs[0]
 
     limit = token_limit(cache, prompt.size, max_tokens)
@@ -145,7 +145,7 @@ def generate_step(
             if processors:
                 seen = mx.concatenate([seen, token])
             following = choose(model(token[None], cache, last_only=True)[:, 0])
-        yield int(token.item()), logprobs
+        yield cast(int, token.item()), logprobs
         if last:
             return
         token, logprobs = following

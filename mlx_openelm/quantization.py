@@ -110,6 +110,7 @@ class Matrix:
         """`x` [..., columns] → `x @ matrix.T` [..., rows]."""
         if self.scheme is None:
             return x @ self.weight.T
+        assert self.scales is not None
         return mx.quantized_matmul(
             x,
             self.weight,

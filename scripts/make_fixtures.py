@@ -98,7 +98,9 @@ def training_checkpoint() -> dict[str, object]:
 def save(path: Path, content: object, tensors: dict[str, Tensor]) -> None:
     """Save `content`, and beside it the tensors that are to be found in it."""
     torch.save(content, path)
-    dtypes = [f"{name}={str(value.dtype).removeprefix('torch.')}" for name, value in tensors.items()]
+    dtypes = [
+        f"{name}={str(value.dtype).removeprefix('torch.')}" for name, value in tensors.items()
+    ]
     values = {name: value.detach().to(torch.float32).numpy() for name, value in tensors.items()}
     np.savez_compressed(path.with_suffix(".npz"), dtypes=np.array(dtypes), **values)
 

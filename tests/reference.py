@@ -15,16 +15,24 @@ Array = NDArray[np.float64]
 
 
 def logits(
-    config: OpenELMConfig, weights: dict[str, np.ndarray], tokens: np.ndarray
+    config: OpenELMConfig,
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    visible: np.ndarray | None = None,
 ) -> NDArray[np.float64]:
-    """Next-token logits [B, L, vocab] of `tokens` [B, L], from the tensors of `shapes(config)`."""
+    """Next-token logits [B, L, vocab] of `tokens` [B, L], from the tensors of `shapes(config)`.
+
+    `visible` [L, L]: which positions each one attends to; by default itself and all before it.
+    """
+    if visible is None:
+        visible = np.tri(tokens.shape[1], dtype=bool)
     tensors = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     embedding = tensors["transformer.token_embeddings.weight"]
     x = embedding[tokens]
     for i in range(config.num_transformer_layers):
         prefix = f"transformer.layers.{i}."
         layer = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        x = x + attention(config, i, layer, rms_norm(x, layer["attn_norm.weight"], config))
+        x = x + attention(config, i, layer, rms_norm(x, layer["attn_norm.weight"], config), visible)
         x = x + feed_forward(config, layer, rms_norm(x, layer["ffn_norm.weight"], config))
     x = rms_norm(x, tensors["transformer.norm.weight"], config)
     head = embedding if config.share_input_output_layers else tensors["lm_head.weight"]
@@ -36,8 +44,10 @@ def rms_norm(x: Array, weight: Array, config: OpenELMConfig) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
 
 
-def attention(config: OpenELMConfig, i: int, layer: dict[str, Array], x: Array) -> Array:
-    """Causal grouped-query attention of layer `i`, [B, L, model_dim] -> the same."""
+def attention(
+    config: OpenELMConfig, i: int, layer: dict[str, Array], x: Array, visible: np.ndarray
+) -> Array:
+    """Grouped-query attention of layer `i`, [B, L, model_dim] -> the same."""
     batch, length, _ = x.shape
     heads, kv_heads = config.num_query_heads[i], config.num_kv_heads[i]
 
@@ -55,7 +65,7 @@ def attention(config: OpenELMConfig, i: int, layer: dict[str, Array], x: Array) 
     # Query heads 0..g-1 share key/value head 0, the next g share head 1, and so on.
     k, v = (np.repeat(t, heads // kv_heads, axis=1) for t in (k, v))
     scores = q @ k.swapaxes(-1, -2) * config.head_dim**-0.5
-    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    scores = np.where(visible, scores, -np.inf)
     out = softmax(scores) @ v
     return out.swapaxes(1, 2).reshape(batch, length, -1) @ layer["attn.out_proj.weight"].T
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mlx_openelm.errors import InputError
@@ -23,7 +24,7 @@ def open_source(path: Path, *, ema: bool = False) -> Source:
     Raises:
         InputError: when it is of no known kind, damaged, or names anything that could be run.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         source = open_huggingface(path)
     elif _is_safetensors(path):
         source = Source("safetensors file", path, open_safetensors(path))

@@ -63,7 +63,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     if length > MAX_HEADER:
         raise InputError(f"{path}: its header has {length} bytes, more than any model needs")
     header = parse_json(read_range(path, 8, length), f"{path}: header")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(f"{path}: its __metadata__ is not a map from text to text")
 
