@@ -75,7 +75,7 @@ def command(args: argparse.Namespace) -> int:
         print(f"{name:12} {statistics.median(values):6.2f} s  ({spread}, {len(values)} trials)")
     if len(names) == 2:
         ours, theirs = (times[name] for name in names)
-        ratios = [b / a for a, b in zip(ours, theirs)]
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         middle = statistics.median(ratios)
         print(f"{middle:.1f} times sooner ({min(ratios):.1f} to {max(ratios):.1f} pair by pair)")
     else:

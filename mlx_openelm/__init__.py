@@ -1,8 +1,8 @@
 """mlx-openelm: run Apple's OpenELM language models on Apple silicon, with MLX.
 
-    from mlx_openelm import load, generate
-    model, tokenizer = load("demo")
-    print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
+from mlx_openelm import load, generate
+model, tokenizer = load("demo")
+print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 """
 
 try:

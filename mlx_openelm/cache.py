@@ -116,8 +116,12 @@ class KVCache:
             for heads in self.config.num_kv_heads
         ]
         if self.keys:
-            self.keys = [mx.concatenate([k, e], axis=2) for k, e in zip(self.keys, empty)]
-            self.values = [mx.concatenate([v, e], axis=2) for v, e in zip(self.values, empty)]
+            self.keys = [
+                mx.concatenate([k, e], axis=2) for k, e in zip(self.keys, empty, strict=True)
+            ]
+            self.values = [
+                mx.concatenate([v, e], axis=2) for v, e in zip(self.values, empty, strict=True)
+            ]
         else:
             self.keys, self.values = empty, [mx.zeros_like(buffer) for buffer in empty]
 

@@ -61,9 +61,7 @@ def attention(
         k = mx.fast.rms_norm(k, layer.k_norm, config.rms_norm_eps)
     q, k = (_rotate(heads, config, view.offset) for heads in (q, k))
     keys, values = write(keys, k, view), write(values, v, view)
-    y = mx.fast.scaled_dot_product_attention(
-        q, keys, values, scale=head_dim**-0.5, mask=view.mask
-    )
+    y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=view.mask)
     return layer.out_proj(y.transpose(0, 2, 1, 3).reshape(B, L, -1)), keys, values
 
 
@@ -107,7 +105,7 @@ def step(
     eps = config.rms_norm_eps
     x = weights.token_embeddings.take(tokens, weights.norm.dtype)
     new_keys, new_values = [], []
-    for layer, k, v in zip(weights.layers, keys, values):
+    for layer, k, v in zip(weights.layers, keys, values, strict=True):
         h = mx.fast.rms_norm(x, layer.attn_norm, eps)
         h, k, v = attention(config, layer, h, k, v, view)
         x = x + h

@@ -34,7 +34,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
-        for name, allowed in zip(("group_size", "bits"), MODES[self.mode]):
+        for name, allowed in zip(("group_size", "bits"), MODES[self.mode], strict=True):
             value = getattr(self, name)
             if value not in allowed:
                 choice = ", ".join(map(str, allowed))

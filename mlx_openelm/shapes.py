@@ -12,7 +12,7 @@ def tensor_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
         "transformer.token_embeddings.weight": (config.vocab_size, dim)
     }
     for i, (heads, kv_heads, width) in enumerate(
-        zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims)
+        zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True)
     ):
         layer = f"transformer.layers.{i}."
         shapes[layer + "attn_norm.weight"] = (dim,)

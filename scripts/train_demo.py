@@ -302,7 +302,7 @@ def train(
     best: dict[str, float] = {"validation_loss": math.inf}
     step, seen, worse, start, next_look = 0, 0, 0, time.monotonic(), 0.05
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1 and worse < 5:
-        for optimizer, lr in zip(optimizers, base):
+        for optimizer, lr in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(progress)
         length = CONTEXT if progress > 0.85 else 512
         window = training.windows(rng, batch_tokens // length, length)

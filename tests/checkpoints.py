@@ -79,7 +79,7 @@ def tensor(
 
 @dataclass
 class Member:
-    """A member of a zip; what isn't given is as it should be."""
+    """A member of a zip; what isn't given is as it should be. `packed` is its compressed size."""
 
     name: str
     data: bytes
@@ -87,30 +87,33 @@ class Member:
     flags: int = 0
     crc: int | None = None
     size: int | None = None
+    packed: int | None = None
     offset: int | None = None
     local_name: str | None = None
 
 
 def zipped(members: list[Member], *, zip64: bool = False, count: int | None = None) -> bytes:
-    """A zip file; with `zip64` every size and offset is in its zip64 field."""
+    """A zip file; with `zip64` every size and offset is in its zip64 field, not the first one."""
     body, directory = b"", b""
     for m in members:
         name, local_name = m.name.encode(), (m.local_name or m.name).encode()
         crc = zlib.crc32(m.data) if m.crc is None else m.crc
         offset = len(body) if m.offset is None else m.offset
         size = len(m.data) if m.size is None else m.size
-        packed, extra = len(m.data), b""
+        packed = len(m.data) if m.packed is None else m.packed
+        extra = comment = b""
         if zip64:
-            extra = struct.pack("<2H3Q", 1, 24, size, packed, offset)
+            extra = struct.pack("<2H3s2H3Q", 0xCAFE, 3, b"any", 1, 24, size, packed, offset)
+            comment = b"a comment"
             size = packed = offset = 0xFFFFFFFF
         common = (20, m.flags, m.method, 0, 0, crc)
         body += struct.pack("<4s5H3L2H", b"PK\3\4", *common, packed, size, len(local_name), 0)
         body += local_name + m.data
         directory += struct.pack(
             *("<4s6H3L5H2L", b"PK\1\2", 20, *common, packed, size, len(name), len(extra)),
-            *(0, 0, 0, 0, offset),
+            *(len(comment), 0, 0, 0, offset),
         )
-        directory += name + extra
+        directory += name + extra + comment
     count = len(members) if count is None else count
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), len(body), 0)
     if zip64:

@@ -74,7 +74,8 @@ def test_mlx_lm_reads_what_is_quantized_here(
 ) -> None:
     model = load_model(float32_demo)
     quantization = Quantization(
-        scheme, {"transformer.layers.0.ffn.proj_1": None, "transformer.layers.1.ffn.proj_1": Scheme()}
+        scheme,
+        {"transformer.layers.0.ffn.proj_1": None, "transformer.layers.1.ffn.proj_1": Scheme()},
     )
     arrays: dict[str, mx.array] = {}
     for name, array in model.parameters().items():

@@ -167,9 +167,7 @@ def test_columns_that_do_not_divide_are_kept(run: Run, out: Path) -> None:
     assert load_model(out).parameters().keys() == expected("float32").keys()
 
 
-def test_instruct_models_get_their_chat_format(
-    run: Run, huggingface: Path, tmp_path: Path
-) -> None:
+def test_instruct_models_get_their_chat_format(run: Run, huggingface: Path, tmp_path: Path) -> None:
     instruct = Path(shutil.copytree(huggingface, tmp_path / "Tiny-Instruct"))
     run(MODULE, instruct, "-o", tmp_path / "a")
     run(MODULE, huggingface, "-o", tmp_path / "b", "--chat")

@@ -96,6 +96,7 @@ BROKEN = {
     "no proj_1": ({LAYER + "ffn.proj_1.weight": None}, "ffn.proj_1.weight is missing"),
     "a proj_1 of three": ({LAYER + "ffn.proj_1.weight": (480, 64)}, "once the columns"),
     "half a head": ({LAYER + "attn.qkv_proj.weight": (84, 64)}, "whole heads of 8"),
+    "part of a head": ({LAYER + "attn.out_proj.weight": (64, 60)}, "whole heads of 8"),
     "no keys": ({LAYER + "attn.qkv_proj.weight": (64, 64)}, "whole heads"),
     "fewer rows than queries": ({LAYER + "attn.qkv_proj.weight": (8, 64)}, "whole heads"),
     "kv heads that don't divide": ({LAYER + "attn.qkv_proj.weight": (112, 64)}, "num_kv_heads"),

@@ -32,7 +32,7 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("api/models/"):
             return self._describe(path.removeprefix("api/models/"))
         repo, _, rest = path.partition("/resolve/")
-        revision, _, name = rest.partition("/")
+        name = rest.partition("/")[2]
         file = self.repositories.get(repo, {}).get(name)
         if file is None:
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})

@@ -144,6 +144,10 @@ WRAPPED = {
         {"model": {"w": tensor()}, "optimizer": {"state": {0: {"m": tensor()}}}},
         "PyTorch checkpoint ('model')",
     ),
+    "model_state_dict": (
+        {"model_state_dict": {"w": tensor()}, "gradients": {"g": tensor()}},
+        "CoreNet training checkpoint (model_state_dict)",
+    ),
     "ema only": ({"ema_state_dict": {"w": tensor()}}, "CoreNet training checkpoint"),
 }
 
@@ -231,16 +235,33 @@ def test_a_tensor_of_bytes_counts_its_elements(tmp_path: Path) -> None:
             assert open_source(path).tensors["w"].read().shape == shape
 
 
-def test_an_empty_tensor_opens_and_refuses_to_be_read(tmp_path: Path) -> None:
-    path = torch_file(tmp_path / "x.pt", {"w": tensor(size=0, shape=(0, 3))}, {"0": b""})
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0)])
+def test_an_empty_tensor_opens_and_refuses_to_be_read(
+    shape: tuple[int, int], tmp_path: Path
+) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": tensor(size=0, shape=shape)}, {"0": b""})
     lazy = open_source(path).tensors["w"]
     with pytest.raises(InputError, match="tensor 'w' has no elements"):
         lazy.read()
 
 
 def test_a_size_of_one_may_have_any_stride(tmp_path: Path) -> None:
-    path = torch_file(tmp_path / "x.pt", {"w": tensor(shape=(1, 6), stride=(2**40, 1))})
-    assert open_source(path).tensors["w"].read().tolist() == [[0, 1, 2, 3, 4, 5]]
+    path = torch_file(tmp_path / "x.pt", {"w": tensor(shape=(1, 3), stride=(2**62, 2))})
+    assert open_source(path).tensors["w"].read().tolist() == [[0, 2, 4]]
+
+
+def test_what_is_contiguous_is_read_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": tensor(shape=(2, 1, 3), stride=(3, 2**62, 1))})
+    monkeypatch.setattr(reader, "_gather", None)
+    assert open_source(path).tensors["w"].read().tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
+
+
+def test_a_checksum_is_computed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": tensor(shape=(2,), stride=(4,))})
+    monkeypatch.setattr(reader, "_CHUNK", 10)
+    assert open_source(path).tensors["w"].read().tolist() == [0, 4]
 
 
 GOOD = torch_members({"w": tensor()}, {"0": SIX})
@@ -258,6 +279,10 @@ BAD_ZIPS = {
     ),
     "an encrypted member": ([PICKLE, Member("model/data/0", SIX, flags=ENCRYPTED)], "compressed"),
     "sizes that differ": ([PICKLE, Member("model/data/0", SIX, size=48)], "compressed"),
+    "a size past the end": (
+        [PICKLE, Member("model/data/0", SIX, size=48, packed=48)],
+        "'model/data/0' lies beyond its end",
+    ),
     "members that overlap": (
         [Member("model/a", b"", offset=0, local_name="model/data.pkl"), *GOOD],
         "not where the directory says",
@@ -275,6 +300,7 @@ BAD_ZIPS = {
         "data.pkl is damaged",
     ),
     "big-endian": ([PICKLE, Member("model/byteorder", b"big"), DATA], "big-endian"),
+    "TorchScript's code": ([*GOOD, Member("model/code/x.py", b"")], "TorchScript"),
     "TorchScript": ([*GOOD, Member("model/constants.pkl", b"N.")], "TorchScript"),
 }
 
@@ -315,6 +341,64 @@ def test_a_wrong_checksum_is_found_when_read(shape: tuple[int, int], tmp_path: P
     path.write_bytes(zipped(torch_members(content, {"0": SIX})).replace(SIX, SIX[:-1] + b"!"))
     lazy = open_source(path).tensors["w"]
     with pytest.raises(InputError, match="data/0 is damaged"):
+        lazy.read()
+
+
+ENTRY, LOCAL, END_64 = b"PK\1\2", b"PK\3\4", b"PK\6\6"
+END, LOCATOR = b"PK\5\6", b"PK\6\7"
+# name → what is changed: the last header of that kind, from which byte on, and to what
+PATCHES = {
+    "another disk": (END, 4, b"\1\0", "split over several files"),
+    "a directory on another disk": (END, 6, b"\1\0", "split over several files"),
+    "entries on another disk": (END, 8, b"\1\0", "split over several files"),
+    "a comment that isn't there": (END, 20, b"\1\0", "something follows"),
+    "a large directory": (END_64, 40, b"\0\0\0\1", "has 16777"),
+    "a directory beyond": (END_64, 48, b"\0\0\0\1", "directory lies beyond"),
+    "an end beyond": (LOCATOR, 8, b"\xff" * 8, "end is missing"),
+    "an end elsewhere": (LOCATOR, 8, b"\0" * 8, "end is missing"),
+    "an entry of another kind": (ENTRY, 3, b"\3", "directory is damaged"),
+    "a long extra field": (ENTRY, 30, b"\xff\xff", "directory is damaged"),
+    "a member of another kind": (LOCAL, 3, b"\5", "not where the directory says"),
+    "another length of a name": (LOCAL, 26, b"\1\0", "not where the directory says"),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patched_zip_is_refused(name: str, tmp_path: Path) -> None:
+    header, skip, patch, reason = PATCHES[name]
+    data = bytearray(zipped(GOOD, zip64=True))
+    at = data.rindex(header) + skip
+    data[at : at + len(patch)] = patch
+    path = tmp_path / "x.pt"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        open_source(path)
+    assert reason in str(caught.value)
+
+
+def test_something_after_the_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(GOOD) + b"!")
+    with pytest.raises(InputError, match="something follows its end"):
+        open_source(path)
+
+
+def test_a_file_without_checksums_cut_after_it_was_opened(tmp_path: Path) -> None:
+    members = [PICKLE, Member("model/data/0", SIX, crc=0)]
+    members[0] = Member("model/data.pkl", pickled({"w": tensor(shape=(3,), stride=(2,))}))
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(members))
+    lazy = open_source(path).tensors["w"]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="was changed while it was read"):
+        lazy.read()
+
+
+def test_a_file_that_is_gone_says_so(tmp_path: Path) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": tensor()})
+    lazy = open_source(path).tensors["w"]
+    path.unlink()
+    with pytest.raises(InputError, match="can't be read .No such file"):
         lazy.read()
 
 

@@ -93,13 +93,25 @@ HOSTILE = {
     "BUILD calling __setstate__": (b"\x80\x02cstranger\nThing\n)\x81}b.", "stranger.Thing"),
     "INST of a known global": (b"(icollections\nOrderedDict\n.", "INST"),
     "OBJ of a known global": (b"(ccollections\nOrderedDict\no.", "OBJ"),
-    "NEWOBJ of a known global": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ"),
+    "NEWOBJ of a known global": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ, which"),
     "an extension code": (b"\x80\x02\x82\x01.", "EXT1"),
     "a large extension code": (b"\x80\x02\x84\x01\x02\x03\x04.", "EXT4"),
     "an out-of-band buffer": (b"\x80\x05\x97.", "NEXT_BUFFER"),
     "a textual persistent id": (b"Pos.system\n.", "PERSID"),
     "a persistent id of text": (pickled(Persistent("os.system")), "persistent id"),
     "a persistent id of a module": (pickled(Persistent(("module", "os"))), "persistent id"),
+    "a persistent id with another word": (
+        pickled(Persistent(("module", Global("torch FloatStorage"), "0", "cpu", 1))),
+        "persistent id",
+    ),
+    "a persistent id with a part too many": (
+        pickled(Persistent(("storage", Global("torch FloatStorage"), "0", "cpu", 1, None))),
+        "persistent id",
+    ),
+    "a persistent id in a list": (
+        pickled(Persistent(["storage", Global("torch FloatStorage"), "0", "cpu", 1])),
+        "persistent id",
+    ),
     "an unknown storage": (pickled(tensor(kind="torch QInt8Storage")), "torch.QInt8Storage"),
     "a dotted name": (b"\x80\x04\x8c\x02os\x8c\x0bpath.system\x93.", "os.path.system"),
     "a class of a known global": (
@@ -163,7 +175,9 @@ DAMAGED = {
     "SETITEM of a list": b"\x80\x02]NNs.",
     "SETITEMS of an odd number": b"\x80\x02}(NNNu.",
     "an unknown opcode": b"\xff.",
-    "STACK_GLOBAL of numbers": b"\x80\x04K\x01K\x02\x93.",
+    "STACK_GLOBAL of a number and text": b"\x80\x04K\x01\x8c\x01a\x93.",
+    "STACK_GLOBAL of text and a number": b"\x80\x04\x8c\x01aK\x01\x93.",
+    "APPEND to a byte array": b"\x80\x05\x96" + bytes(8) + b"K\x01a.",
     "bytes longer than the file": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b"x.",
     "a byte array longer than the file": b"\x80\x05\x96" + b"\xff" * 4 + b"\0" * 4 + b"x.",
     "text longer than the file": b"\x80\x02X\xff\xff\xff\xffx.",
@@ -172,9 +186,10 @@ DAMAGED = {
     "text that is not UTF-8": b"\x80\x02X\x01\x00\x00\x00\xff.",
     "too many arguments": pickled(Call(Global("numpy dtype"), tuple(range(9)))),
     "OrderedDict with arguments": pickled(Call(Global("collections OrderedDict"), ([],))),
-    "arguments in a list": pickled(Call(Global("torch Size"), [1])),
+    "arguments in a list": pickled(Call(Global("torch Size"), [(1,)])),
     "a size of a list": pickled(Call(Global("torch Size"), ([1],))),
     "a storage without a type": pickled(Persistent(("storage", "FloatStorage", "0", "cpu", 1))),
+    "a tensor as a storage's type": pickled(Persistent(("storage", tensor(), "0", "cpu", 1))),
     "a storage with a number as key": pickled(
         Persistent(("storage", Global("torch FloatStorage"), 0, "cpu", 1))
     ),
@@ -184,6 +199,11 @@ DAMAGED = {
     ),
     "a tensor of bytes without a dtype": pickled(tensor(kind="torch.storage UntypedStorage")),
     "a shape of text": pickled(tensor(shape="23")),
+    "a shape in a list": pickled(tensor(shape=[2, 3])),
+    "strides in a list": pickled(tensor(stride=[3, 1])),
+    "a tensor as storage": pickled(
+        Call(Global("torch._utils _rebuild_tensor_v2"), (tensor(), 0, (), (), False, None))
+    ),
     "a shape of flags": pickled(tensor(shape=(True, True))),
     "fewer strides than dimensions": pickled(tensor(stride=(1,))),
     "an offset of text": pickled(tensor(offset="0")),
@@ -200,6 +220,18 @@ def test_a_damaged_pickle_says_so(name: str) -> None:
 def test_too_many_dimensions_are_refused() -> None:
     with pytest.raises(InputError, match="9 dimensions"):
         unpickle(pickled(tensor(shape=(1,) * 9, stride=(1,) * 9)))
+
+
+def test_as_much_as_is_allowed_is_read() -> None:
+    shape = (1,) * 8
+    found = unpickle(pickled({"k" * 1000: tensor(shape=shape, stride=shape)}))
+    assert isinstance(found, dict)
+    assert found["k" * 1000].shape == shape
+    *common, hooks = tensor(size=24, kind="torch.storage UntypedStorage").arguments  # type: ignore[misc]
+    arguments = (*common, hooks, Global("torch uint16"), {})
+    found = unpickle(pickled(Call(Global("torch._utils _rebuild_tensor_v3"), arguments)))
+    assert isinstance(found, StoredTensor)
+    assert found.dtype == "uint16"
 
 
 def test_a_conjugated_tensor_is_refused() -> None:

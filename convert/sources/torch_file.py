@@ -156,12 +156,12 @@ def _read(file: TorchFile, name: str, tensor: StoredTensor) -> mx.array:
     member, size = file.members[member_name], item_size(tensor.dtype)
     count = math.prod(tensor.shape)
     offset = member.offset + tensor.offset * size
-    if count and _span(tensor) == count and _is_contiguous(tensor):
+    if _is_contiguous(tensor) or not count:
         raw = read_range(file.path, offset, count * size)
         _check_crc(file, member_name, raw if len(raw) == member.size else None)
     else:
         _check_crc(file, member_name, None)
-        raw = _gather(file.path, offset, tensor) if count else b""
+        raw = _gather(file.path, offset, tensor)
     return to_array(raw, tensor.dtype, tensor.shape, name)
 
 

@@ -244,8 +244,6 @@ def _append(stack: list[Any], items: list[Any]) -> None:
 
 
 def _set(stack: list[Any], items: list[Any]) -> None:
-    if len(items) % 2:
-        raise IndexError
     keys = items[::2]
     for key in keys:
         if type(key) not in (str, int, float, bool, type(None)):

@@ -26,25 +26,54 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR_OR_REPO",
         help="model directory or Hugging Face id (default: the small bundled demo)",
     )
-    p.add_argument("--prompt", "-p", required=True, help="the text to continue; - reads stdin")
-    p.add_argument("--chat", action="store_true", help="put the prompt as a message to the model")
-    p.add_argument("--max-tokens", "-m", type=int, default=100, metavar="N", help="default: 100")
+    p.add_argument(
+        "--prompt", "-p", required=True, metavar="TEXT", help="the text to continue; - reads stdin"
+    )
+    p.add_argument(
+        "--chat", action="store_true", help="the prompt is a message to an Instruct model"
+    )
+    p.add_argument(
+        "--max-tokens", "-m", type=int, default=100, metavar="N", help="at most N (default: 100)"
+    )
     sampling = p.add_argument_group("sampling")
-    sampling.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default): all")
-    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the top")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: less")
-    sampling.add_argument("--seed", type=int, help="the same text every time")
+    sampling.add_argument(
+        "--temp", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest tokens that together have probability P",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens"
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens at least P times as likely as the likeliest",
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="above 1: recent tokens become less likely",
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="draw the same text every time")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
     )
     more = p.add_argument_group("more")
     more.add_argument(
-        "--max-kv-size", type=int, metavar="N", help="let the context slide beyond N tokens"
+        "--max-kv-size", type=int, metavar="N", help="remember N tokens: the context slides"
     )
-    more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where the model has none")
-    more.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
+    more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="for a model without one")
+    more.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit on the Hugging Face hub"
+    )
     more.add_argument("--json", action="store_true", help="one JSON object instead of the text")
     loudness = more.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", "-v", action="store_true", help="show speed and memory")
@@ -66,7 +95,9 @@ def command(args: argparse.Namespace) -> int:
         "max_tokens": args.max_tokens,
         "stop": args.stop,
         "max_kv_size": args.max_kv_size,
-        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed),
+        "sampler": make_sampler(
+            args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed
+        ),
         "logits_processors": make_logits_processors(repetition_penalty=args.repetition_penalty),
     }
     if args.model is None and not args.quiet:
