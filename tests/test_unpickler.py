@@ -198,6 +198,9 @@ DAMAGED = {
         Call(Global("torch._utils _rebuild_tensor_v2"), ("0", 0, (), (), False, None))
     ),
     "a tensor of bytes without a dtype": pickled(tensor(kind="torch.storage UntypedStorage")),
+    "a dtype where none belongs": pickled(
+        Call(tensor().function, (*tensor().arguments, None, "float16"))  # type: ignore[misc]
+    ),
     "a shape of text": pickled(tensor(shape="23")),
     "a shape in a list": pickled(tensor(shape=[2, 3])),
     "strides in a list": pickled(tensor(stride=[3, 1])),

@@ -110,6 +110,7 @@ def _tensor(
     requires_grad: bool,
     hooks: object,
     metadata: object = None,
+    *,
     dtype: str | None = None,
 ) -> StoredTensor:
     """`torch._utils._rebuild_tensor_v2`."""
@@ -140,7 +141,8 @@ def _typed_tensor(
     """`torch._utils._rebuild_tensor_v3`: a storage of bytes, and the dtype apart."""
     if not isinstance(dtype, _Dtype):
         raise TypeError
-    return _tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype.name)
+    common = (storage, offset, shape, stride, requires_grad, hooks, metadata)
+    return _tensor(*common, dtype=dtype.name)
 
 
 def _parameter(tensor: StoredTensor, *_: object) -> StoredTensor:
