@@ -217,22 +217,36 @@ def test_averaged_weights_that_are_not_there() -> None:
         open_source(FIXTURES / "float32.pt", ema=True)
 
 
+def typed(shape: tuple[int, ...], dtype: str, size: int, kind: str) -> Call:
+    """A tensor as torch.save writes one whose dtype is not that of its storage."""
+    stride = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    call = tensor(size=size, shape=shape, stride=stride, kind=kind)
+    assert isinstance(call.arguments, tuple)
+    rebuild = Global("torch._utils _rebuild_tensor_v3")
+    return Call(rebuild, (*call.arguments, Global(f"torch {dtype}")))
+
+
 def test_a_tensor_of_bytes_counts_its_elements(tmp_path: Path) -> None:
-    call = Call(
-        Global("torch._utils _rebuild_tensor_v3"),
-        (
-            *tensor(size=24, kind="torch.storage UntypedStorage").arguments,  # type: ignore[misc]
-            Global("torch uint16"),
-        ),
-    )
-    for shape, stride in (((2, 6), (6, 1)), ((13,), (1,))):
-        arguments = (*call.arguments[:2], shape, stride, *call.arguments[4:])  # type: ignore[index]
-        path = torch_file(tmp_path / "x.pt", {"w": Call(call.function, arguments)})
-        if len(shape) == 1:
-            with pytest.raises(InputError, match="to element 13 of a storage of 12"):
-                open_source(path)
-        else:
-            assert open_source(path).tensors["w"].read().shape == shape
+    content = {"w": typed((2, 6), "uint16", 24, "torch.storage UntypedStorage")}
+    array = open_source(torch_file(tmp_path / "x.pt", content)).tensors["w"].read()
+    assert raw(array) == SIX
+    assert array.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "size", "kind"),
+    [
+        ((13,), "uint16", 24, "torch.storage UntypedStorage"),
+        ((13,), "uint16", 6, "torch FloatStorage"),
+        ((4,), "int64", 6, "torch FloatStorage"),
+    ],
+)
+def test_elements_of_another_size_are_counted_in_bytes(
+    shape: tuple[int, ...], dtype: str, size: int, kind: str, tmp_path: Path
+) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": typed(shape, dtype, size, kind)})
+    with pytest.raises(InputError, match=f"to element {shape[0]} of a storage of {shape[0] - 1}"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 0)])

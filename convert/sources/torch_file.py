@@ -122,18 +122,19 @@ def lazy_tensors(file: TorchFile, state: Mapping[Any, object]) -> dict[str, Lazy
 
 def _check(file: TorchFile, tensor: StoredTensor, where: str) -> None:
     check_shape(tensor.shape, where)
-    storage, size = tensor.storage, item_size(tensor.dtype)
+    storage = tensor.storage
+    promised = storage.size * item_size(storage.dtype or "uint8")
     member = file.members.get(f"data/{storage.key}")
     if member is None:
         raise InputError(f"{where}: its storage {shown(storage.key)} is not in the file")
-    if storage.size < 0 or storage.size * item_size(storage.dtype or "uint8") > member.size:
+    if not 0 <= promised <= member.size:
         raise InputError(
             f"{where}: its storage {shown(storage.key)} should have {storage.size} elements but "
             f"has {member.size} bytes; the file is damaged"
         )
     if tensor.offset < 0 or any(n < 0 for n in tensor.stride):
         raise InputError(f"{where}: has a negative offset or stride; the file is damaged")
-    available = storage.size if storage.dtype else storage.size // size
+    available = promised // item_size(tensor.dtype)
     if math.prod(tensor.shape) and tensor.offset + _span(tensor) > available:
         raise InputError(
             f"{where}: reaches to element {tensor.offset + _span(tensor)} of a storage of "
