@@ -330,8 +330,12 @@ def train(
     return best
 
 
-def train_demo(training: Text, held_out: Text, minutes: float, out: Path) -> dict[str, float]:
+def train_demo(
+    training: Text, held_out: Text, minutes: float, out: Path, resume: bool
+) -> dict[str, float]:
     network = Network(DEMO, dropout=DROPOUT)
+    if resume:
+        network.load_state_dict(torch.load(out / "demo.pt", weights_only=True))
     run = torch.compile(network, dynamic=False)
 
     def objective(ids: Tensor, targets: Tensor) -> Tensor:

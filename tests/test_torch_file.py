@@ -115,6 +115,36 @@ def test_a_shared_storage_is_checked_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert tensors["b"].read().tolist() == [0, 2, 4]
 
 
+LAYOUTS = [((6,), (1,)), ((2, 3), (3, 1)), ((3, 2), (1, 3)), ((3, 1, 2), (2, 9, 1)), ((), ())]
+
+
+@pytest.mark.parametrize(("shape", "stride"), LAYOUTS)
+def test_blocks_of_rows_are_the_tensor(
+    shape: tuple[int, ...], stride: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = torch_file(tmp_path / "x.pt", {"w": tensor(shape=shape, stride=stride)})
+    lazy = open_source(path).tensors["w"]
+    whole, blocks = lazy.read(), list(lazy.blocks(8))
+    assert len(blocks) == {(6,): 3, (): 1}.get(shape, shape[0] if shape else 1)
+    assert mx.array_equal(mx.concatenate(blocks).reshape(shape), whole).item()
+    assert whole.shape == shape
+
+
+def test_damage_shows_by_the_last_block_at_the_latest(tmp_path: Path) -> None:
+    members = [
+        Member("model/data.pkl", pickled({"w": tensor()})),
+        Member("model/data/0", SIX, crc=1),
+    ]
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(members))
+    blocks = open_source(path).tensors["w"].blocks(12)
+    next(blocks)
+    with pytest.raises(InputError, match="checksum is wrong"):
+        next(blocks)
+    with pytest.raises(InputError, match="checksum is wrong"):
+        open_source(path).tensors["w"].rows(1, 2)
+
+
 @pytest.mark.parametrize("zip64", [False, True])
 def test_both_kinds_of_zip_are_read(zip64: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"

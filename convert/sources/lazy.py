@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from mlx_openelm.errors import InputError
 # A directory, header or pickle larger than this (bytes) is refused before it is read: those of
 # OpenELM-3B's full training checkpoint have under 300 kB.
 MAX_HEADER = 8 << 20
+BLOCK_BYTES = 8 << 20  # of a tensor, in memory at once while converting
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 2**31 - 1  # MLX's shapes are int32
 
@@ -43,22 +44,39 @@ DTYPES: dict[str, tuple[str, mx.Dtype]] = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a source: what it is, and how to get it.
+    """A tensor of a source: what it is, and how to get it, whole or by rows.
 
     `name` is the source's name for it, `dtype` a key of `DTYPES`, the one it is stored in.
-    `read()` gives it in that dtype, contiguous; nothing of its data is read before. It raises
-    `InputError` when the data is damaged or gone.
+    `rows(start, stop)` gives that part of the first axis (a scalar is one row) in that dtype,
+    contiguous; nothing of its data is read before. Reading raises `InputError` when the data is
+    damaged or gone; damage to one row may show only when all have been read.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], mx.array]
+    rows: Callable[[int, int], mx.array]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the contiguous tensor."""
         return math.prod(self.shape) * item_size(self.dtype)
+
+    def read(self) -> mx.array:
+        """The whole tensor."""
+        return self.rows(0, row_count(self.shape)).reshape(self.shape)
+
+    def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
+        """The whole tensor from its first row to its last, about `nbytes` at a time."""
+        count = row_count(self.shape)
+        step = max(1, count * nbytes // max(1, self.nbytes))
+        for start in range(0, max(1, count), step):
+            yield self.rows(start, min(start + step, count))
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Rows of an array of this shape; a scalar counts as one."""
+    return shape[0] if shape else 1
 
 
 @dataclass(frozen=True)

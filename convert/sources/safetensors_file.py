@@ -75,8 +75,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             raise InputError(f"{where} ends at byte {end} of {data}; the file is truncated")
         if end - start != math.prod(shape) * item_size(dtype):
             raise InputError(f"{where}: {end - start} bytes are not {dtype} {list(shape)}")
-        read = partial(_read, path, 8 + length + start, end - start, dtype, shape, name)
-        tensors[name] = LazyTensor(name, shape, dtype, read)
+        rows = partial(_rows, path, 8 + length + start, dtype, shape, name)
+        tensors[name] = LazyTensor(name, shape, dtype, rows)
         ranges.append((start, end, name))
 
     reached = 0
@@ -107,7 +107,10 @@ def _entry(entry: object, where: str) -> tuple[str, tuple[int, ...], int, int]:
     return DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
 
 
-def _read(
-    path: Path, offset: int, size: int, dtype: str, shape: tuple[int, ...], name: str
+def _rows(
+    path: Path, offset: int, dtype: str, shape: tuple[int, ...], name: str, start: int, stop: int
 ) -> mx.array:
-    return to_array(read_range(path, offset, size), dtype, shape, name)
+    part = (stop - start, *shape[1:])
+    size = math.prod(shape[1:]) * item_size(dtype)
+    raw = read_range(path, offset + start * size, (stop - start) * size)
+    return to_array(raw, dtype, part, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,32 @@ LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _CHUNK = 1 << 20
 
 
+@dataclass
+class Checked:
+    """How much of a member has gone into its checksum so far, and whether it was right."""
+
+    size: int = 0
+    crc: int = 0
+    sound: bool = False
+
+    def add(self, raw: bytes) -> None:
+        """Count the next bytes."""
+        self.size += len(raw)
+        self.crc = zlib.crc32(raw, self.crc)
+
+
 @dataclass(frozen=True)
 class TorchFile:
     """An opened file: `content` is what was saved, with a `StoredTensor` for every tensor.
 
-    `members` are those of its zip, without the common folder; `sound` names those whose checksum
-    has been compared.
+    `members` are those of its zip, without the common folder; `checked`, how far each one's
+    checksum has been computed.
     """
 
     path: Path
     content: object
     members: dict[str, Member]
-    sound: set[str] = field(default_factory=set)
+    checked: dict[str, Checked] = field(default_factory=dict)
 
 
 def open_torch(path: Path) -> TorchFile:
@@ -98,7 +112,7 @@ def open_torch(path: Path) -> TorchFile:
         content = unpickle(_small_member(file, "data.pkl"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return TorchFile(path, content, members, file.sound)
+    return TorchFile(path, content, members, file.checked)
 
 
 def lazy_tensors(file: TorchFile, state: Mapping[Any, object]) -> dict[str, LazyTensor]:
@@ -115,8 +129,8 @@ def lazy_tensors(file: TorchFile, state: Mapping[Any, object]) -> dict[str, Lazy
         if not isinstance(stored, StoredTensor):
             raise InputError(f"{where}: is a {type(stored).__name__}; not a state dict")
         _check(file, stored, where)
-        read = partial(_read, file, name, stored)
-        tensors[name] = LazyTensor(name, stored.shape, stored.dtype, read)
+        rows = partial(_rows, file, name, stored)
+        tensors[name] = LazyTensor(name, stored.shape, stored.dtype, rows)
     return tensors
 
 
@@ -152,18 +166,23 @@ def _span(tensor: StoredTensor) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
 
 
-def _read(file: TorchFile, name: str, tensor: StoredTensor) -> mx.array:
+def _rows(file: TorchFile, name: str, tensor: StoredTensor, start: int, stop: int) -> mx.array:
     member_name = f"data/{tensor.storage.key}"
     member, size = file.members[member_name], item_size(tensor.dtype)
-    count = math.prod(tensor.shape)
-    offset = member.offset + tensor.offset * size
-    if _is_contiguous(tensor) or not count:
-        raw = read_range(file.path, offset, count * size)
-        _check_crc(file, member_name, raw if len(raw) == member.size else None)
+    if not tensor.shape:
+        part = replace(tensor, shape=(1,), stride=(1,))
     else:
-        _check_crc(file, member_name, None)
-        raw = _gather(file.path, offset, tensor)
-    return to_array(raw, tensor.dtype, tensor.shape, name)
+        begin = tensor.offset + start * tensor.stride[0]
+        part = replace(tensor, offset=begin, shape=(stop - start, *tensor.shape[1:]))
+    offset, count = member.offset + part.offset * size, math.prod(part.shape)
+    if _is_contiguous(part) or not count:
+        raw = read_range(file.path, offset, count * size)
+        whole = math.prod(tensor.shape) * size == member.size
+        _check_crc(file, member_name, raw if whole else b"", part.offset * size)
+    else:
+        _check_crc(file, member_name)
+        raw = _gather(file.path, offset, part)
+    return to_array(raw, tensor.dtype, part.shape, name)
 
 
 def _is_contiguous(tensor: StoredTensor) -> bool:
@@ -200,21 +219,29 @@ def _small_member(file: TorchFile, name: str) -> bytes:
     return raw
 
 
-def _check_crc(file: TorchFile, name: str, raw: bytes | None) -> None:
-    """Compare a member's checksum once; `raw` are its bytes if they have been read already.
+def _check_crc(file: TorchFile, name: str, raw: bytes = b"", at: int = 0) -> None:
+    """Compare a member's checksum, once.
 
-    0 means that none was computed (`torch.serialization.set_crc32_options(False)`).
+    `raw` are bytes of it from offset `at`, when all will be read. While they come in order they
+    are counted as they come, and compared at the end; else the whole member is read for it here.
+    0 means that no checksum was computed (`torch.serialization.set_crc32_options(False)`).
     """
     member = file.members[name]
-    if name in file.sound or not member.crc:
+    if not member.crc:
         return
-    crc = 0
-    if raw is not None:
-        crc = zlib.crc32(raw)
+    checked = file.checked.setdefault(name, Checked())
+    if checked.sound:
+        return
+    if raw and at == checked.size:
+        checked.add(raw)
     else:
-        for start in range(0, member.size, _CHUNK):
-            length = min(_CHUNK, member.size - start)
-            crc = zlib.crc32(read_range(file.path, member.offset + start, length), crc)
-    if crc != member.crc:
-        raise InputError(f"{file.path}: {name} is damaged (its checksum is wrong); get it again")
-    file.sound.add(name)
+        checked.size = checked.crc = 0
+        while checked.size < member.size:
+            length = min(_CHUNK, member.size - checked.size)
+            checked.add(read_range(file.path, member.offset + checked.size, length))
+    if checked.size == member.size:
+        if checked.crc != member.crc:
+            raise InputError(
+                f"{file.path}: {name} is damaged (its checksum is wrong); get it again"
+            )
+        checked.sound = True
