@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm.checkpoint import check_vocabulary, save_model
+from mlx_openelm import __version__
+from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import load_tokenizer
 from mlx_openelm.tokenizer_files import write_tokenizer_files
 
+from .atomic import check_target, new_directory
+from .behind import behind
+from .floats import cast, choose_dtype, dtype_name
+from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
+RECORD = "conversion.json"
+
+# Called with a tensor's name, and how many bytes of the source have been done with
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the person chose.
+
+    Attributes:
+        dtype: "float32", "float16" or "bfloat16"; None: `floats.choose_dtype` decides.
+        recipe: which matrices are quantized.
+        trim_vocab: drop the embedding rows beyond the tokenizer's vocabulary.
+        chat: write the Instruct models' chat format for other runtimes.
+        allow_nonfinite: take NaN, infinities and overflow as they are.
+        hashes: of every tensor read and written, in `conversion.json`.
+    """
+
+    dtype: str | None = None
+    recipe: Recipe = KEEP_ALL
+    trim_vocab: bool = False
+    chat: bool = False
+    allow_nonfinite: bool = False
+    hashes: bool = True
 
 
 @dataclass
 class Conversion:
     """What was done, for the closing lines."""
 
-    parameters: int = 0
-    bytes_before: int = 0
-    bytes_after: int = 0
+    config: OpenELMConfig
+    dtype: mx.Dtype
+    quantization: Quantization | None
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float = 0.0
+    hashing_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -42,49 +79,76 @@ class Conversion:
 
 
 def convert(
-    tensors: dict[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
     config: OpenELMConfig,
     out: Path,
+    options: Options,
     *,
     tokenizer: Path | None = None,
-    chat: bool = False,
-    dtype: str | None = None,
-    scheme: Scheme | None = None,
+    source: Mapping[str, Any] | None = None,
     force: bool = False,
+    progress: Progress = lambda name, done: None,
 ) -> Conversion:
-    """Write a model directory.
+    """Write a model directory; no more than some blocks of rows are in memory at once.
 
     Args:
         tensors: by the names of a model directory.
         config: the geometry.
         out: the directory to make.
+        options: what to make of them.
         tokenizer: a SentencePiece file to put beside the weights.
-        chat: write the Instruct models' chat format for other runtimes.
-        dtype: of the weights; None keeps 16-bit ones as they are and makes others bfloat16.
-        scheme: quantize every matrix whose columns the group size divides.
+        source: what the tensors came from, for `conversion.json`.
         force: replace `out` if it exists.
+        progress: told about every block.
 
     Raises:
-        InputError: when the tensors aren't those of `config`, when a value doesn't fit into
-            `dtype`, when the tokenizer has too many pieces, or when `out` isn't empty.
+        InputError: when the tensors aren't those of `config`, when a value isn't finite or
+            doesn't fit into the dtype, when the tokenizer has too many pieces, or when `out`
+            isn't empty.
+        OpenELMError: when `out` can't be written.
     """
-    done = Conversion(bytes_before=sum(t.nbytes for t in tensors.values()))
-    tensors = _without_redundant_head(tensors, config, done)
+    start = time.perf_counter()
+    check_target(out, force)
+    tensors, notes = without_redundant_head(tensors, config)
     check_shapes(tensors, config)
     if tokenizer is not None:
         pieces = load_tokenizer(tokenizer).vocab_size
         check_vocabulary(pieces, config.vocab_size, str(tokenizer))
-    quantization = Quantization(scheme) if scheme else None
+    if options.trim_vocab:
+        if tokenizer is None:
+            raise InputError("--trim-vocab needs the tokenizer, which says how many rows to keep")
+        notes += [f"vocabulary trimmed from {config.vocab_size} to {pieces} rows"]
+        tensors, config = trim_vocabulary(tensors, config, pieces)
+    dtype, more = choose_dtype(tensors, config, options.dtype, options.allow_nonfinite)
+    quantization, most = plan(config, options.recipe)
+    layout = output_layout(config, dtype, quantization)
+    specs = {part: spec for parts in layout.values() for part, spec in parts.items()}
+    done = Conversion(
+        config,
+        dtype,
+        quantization,
+        parameters=sum(map(math.prod, tensor_shapes(config).values())),
+        bytes_before=sum(t.nbytes for t in tensors.values()),
+        bytes_after=sum(spec.nbytes for spec in specs.values()),
+        notes=[*notes, *more, *most],
+    )
     with new_directory(out, force) as directory:
-        converted = _converted(tensors, config, dtype, quantization, done)
-        save_model(directory, config, converted, quantization)
+        hashes = _Hashes() if options.hashes else None
+        with new_shards(directory, specs, METADATA) as write:
+            _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
+        save_config(directory, config, quantization)
         if tokenizer is not None:
-            write_tokenizer_files(tokenizer, directory, chat=chat)
+            write_tokenizer_files(tokenizer, directory, chat=options.chat)
+        if hashes is not None:
+            done.hashing_seconds = hashes.seconds
+            record = _record(done, options, source or {}, tensors, layout, hashes, tokenizer)
+            write_json(directory / RECORD, record)
+    done.seconds = time.perf_counter() - start
     return done
 
 
-def check_shapes(tensors: dict[str, LazyTensor], config: OpenELMConfig) -> None:
-    """Refuse tensors that are missing, too many, or of the wrong shape.
+def check_shapes(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> None:
+    """Refuse tensors that are missing, too many, not floats, or of the wrong shape.
 
     Raises:
         InputError: naming one of them, with the shape expected and found.
@@ -93,120 +157,156 @@ def check_shapes(tensors: dict[str, LazyTensor], config: OpenELMConfig) -> None:
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"tensor {name} {list(shape)} is missing")
-        found = tensors[name].shape
-        if found != shape:
+        found = tensors[name]
+        if found.shape != shape:
             raise InputError(
-                f"tensor {tensors[name].name} has the shape {list(found)}; the config says "
+                f"tensor {found.name} has the shape {list(found.shape)}; the config says "
                 f"{list(shape)}"
             )
+        if "float" not in found.dtype:
+            raise InputError(f"tensor {found.name} is of {found.dtype}, not floating point")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
         raise InputError(f"tensor {tensors[extra[0]].name} is not part of a model of this config")
 
 
-def _without_redundant_head(
-    tensors: dict[str, LazyTensor], config: OpenELMConfig, done: Conversion
-) -> dict[str, LazyTensor]:
+def without_redundant_head(
+    tensors: Mapping[str, LazyTensor], config: OpenELMConfig
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """The tensors without an `lm_head.weight` that repeats tied embeddings, and a note.
+
+    Raises:
+        InputError: when it differs from them.
+    """
     if not config.share_input_output_layers or HEAD not in tensors or EMBEDDINGS not in tensors:
-        return tensors
+        return dict(tensors), []
     head, embeddings = tensors[HEAD], tensors[EMBEDDINGS]
-    same = head.shape == embeddings.shape and mx.array_equal(head.read(), embeddings.read()).item()
-    if not same:
+    if head.shape != embeddings.shape or not all(
+        mx.array_equal(a, b, stream=mx.cpu).item()
+        for a, b in zip(head.blocks(), embeddings.blocks(), strict=False)
+    ):
         raise InputError(
             f"tensor {head.name} differs from {embeddings.name}, but the config says that they "
             "are shared (share_input_output_layers)"
         )
-    done.notes.append(f"{head.name} repeats the embeddings: left out")
-    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    left = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    return left, [f"{head.name} repeats the embeddings: left out"]
 
 
-def _converted(
-    tensors: dict[str, LazyTensor],
-    config: OpenELMConfig,
-    dtype: str | None,
-    quantization: Quantization | None,
-    done: Conversion,
-) -> Iterator[tuple[str, mx.array]]:
+def trim_vocabulary(
+    tensors: Mapping[str, LazyTensor], config: OpenELMConfig, rows: int
+) -> tuple[dict[str, LazyTensor], OpenELMConfig]:
+    """The tensors and config with the first `rows` of the embeddings (and of an untied head)."""
+    trimmed = {
+        name: replace(t, shape=(rows, *t.shape[1:])) if name in (EMBEDDINGS, HEAD) else t
+        for name, t in tensors.items()
+    }
+    return trimmed, replace(config, vocab_size=rows)
+
+
+def output_layout(
+    config: OpenELMConfig, dtype: mx.Dtype, quantization: Quantization | None
+) -> dict[str, dict[str, Spec]]:
+    """What is stored of each tensor of the network, in its order: itself, or its packed parts."""
+    layout: dict[str, dict[str, Spec]] = {}
     for name, shape in tensor_shapes(config).items():
-        array = _cast(tensors[name].read(), dtype, tensors[name].name)
-        done.parameters += array.size
-        module = name.removesuffix(".weight")
-        scheme = quantization.scheme(module) if quantization and len(shape) == 2 else None
-        if scheme and shape[1] % scheme.group_size:
-            assert quantization is not None
-            quantization.exceptions[module] = scheme = None
-            done.notes.append(f"{module}: {shape[1]} columns don't divide into groups; kept")
-        if scheme:
-            parts = [(f"{module}.{part}", a) for part, a in quantize(array, scheme).arrays()]
+        scheme = _scheme(name, shape, quantization)
+        if scheme is None:
+            layout[name] = {name: Spec(dtype, shape)}
         else:
-            parts = [(name, array)]
-        for part, a in parts:
-            mx.eval(a)
-            done.bytes_after += a.nbytes
-            yield part, a
+            parts = _parts(name, mx.zeros((1, shape[1]), dtype), scheme)
+            layout[name] = {part: Spec(a.dtype, (shape[0], *a.shape[1:])) for part, a in parts}
+    return layout
 
 
-def _cast(array: mx.array, dtype: str | None, name: str) -> mx.array:
-    """In `dtype`, evaluated.
-
-    Raises:
-        InputError: when the tensor isn't floating point, or the dtype can't hold its values.
-    """
-    if not mx.issubdtype(array.dtype, mx.floating):
-        raise InputError(f"tensor {name} is of {array.dtype}, not a floating-point type")
-    if dtype is None:
-        dtype = "float16" if array.dtype == mx.float16 else "bfloat16"
-    cast = array.astype(DTYPES[dtype])
-    if not mx.all(mx.isfinite(cast)).item():
-        if not mx.all(mx.isfinite(array)).item():
-            raise InputError(f"tensor {name} holds a value that is not finite (NaN or infinity)")
-        largest = mx.max(mx.abs(array)).item()
-        raise InputError(
-            f"tensor {name} holds {largest:.4g}, more than {dtype} can; use --dtype bfloat16"
-        )
-    return cast
+def _scheme(name: str, shape: tuple[int, ...], quantization: Quantization | None) -> Scheme | None:
+    if quantization is None or len(shape) != 2:
+        return None
+    return quantization.scheme(name.removesuffix(".weight"))
 
 
-@contextmanager
-def new_directory(out: Path, force: bool) -> Iterator[Path]:
-    """A directory beside `out` to write to, which takes `out`'s place at the end.
-
-    After an error nothing is left of it, and `out` is as it was.
-
-    Raises:
-        InputError: when `out` is a file, or isn't empty and `force` isn't given.
-        OpenELMError: when it can't be written.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} exists and is not a directory")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise InputError(f"{out} exists and is not empty (--force replaces it)")
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        partial.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if out.is_dir():
-            old = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _parts(name: str, rows: mx.array, scheme: Scheme | None) -> list[tuple[str, mx.array]]:
+    if scheme is None:
+        return [(name, rows)]
+    module = name.removesuffix(".weight")
+    return [(f"{module}.{part}", array) for part, array in quantize(rows, scheme).arrays()]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _stream(
+    tensors: Mapping[str, LazyTensor],
+    done: Conversion,
+    allow_nonfinite: bool,
+    write: Callable[[str, memoryview], None],
+    hashes: _Hashes | None,
+    progress: Progress,
+) -> None:
+    """Read and convert block by block here, hash and write on another thread."""
+    read = 0
+    with behind() as later:
+        for name, shape in tensor_shapes(done.config).items():
+            tensor, scheme = tensors[name], _scheme(name, shape, done.quantization)
+            for rows in tensor.blocks():
+                values = cast(rows, done.dtype, tensor.name, allow_nonfinite)
+                parts = [(part, raw(array)) for part, array in _parts(name, values, scheme)]
+                if hashes is not None:
+                    later(partial(hashes.add, [(f"source {name}", raw(rows)), *parts]))
+                for part, data in parts:
+                    later(partial(write, part, data))
+                read += rows.nbytes
+                progress(name, read)
+
+
+class _Hashes:
+    """SHA-256 of tensors' bytes, and the time it took."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._hashes: dict[str, Any] = {}
+
+    def add(self, blocks: Iterable[tuple[str, memoryview]]) -> None:
+        start = time.perf_counter()
+        for name, data in blocks:
+            self._hashes.setdefault(name, hashlib.sha256()).update(data)
+        self.seconds += time.perf_counter() - start
+
+    def __getitem__(self, name: str) -> str:
+        found: str = self._hashes[name].hexdigest()
+        return found
+
+
+def _record(
+    done: Conversion,
+    options: Options,
+    source: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    layout: Mapping[str, Iterable[str]],
+    hashes: _Hashes,
+    tokenizer: Path | None,
+) -> dict[str, Any]:
+    """`conversion.json`: no times, no paths, so that the same input gives the same bytes."""
+    made = {
+        name: {
+            "source": tensors[name].name,
+            "source_dtype": tensors[name].dtype,
+            "source_sha256": hashes[f"source {name}"],
+            "sha256": {part: hashes[part] for part in parts},
+        }
+        for name, parts in layout.items()
+    }
+    return {
+        "source": dict(source),
+        "options": {
+            "dtype": dtype_name(done.dtype),
+            "quantization": done.quantization.to_dict() if done.quantization else None,
+            "trim_vocab": options.trim_vocab,
+            "chat": options.chat,
+            "allow_nonfinite": options.allow_nonfinite,
+        },
+        "versions": {"mlx-openelm": __version__, "mlx": version("mlx")},
+        "tokenizer_sha256": _sha256(tokenizer) if tokenizer else None,
+        "tensors": made,
+    }
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ from .errors import InputError
 from .hub import resolve, resolve_tokenizer
 from .model import OpenELM
 from .quantization import Quantization
+from .shards import SHARD_BYTES, Spec, new_shards, raw, write_json
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-SHARD_BYTES = 1 << 30
+METADATA = {"format": "mlx"}
 
 
 def load(
@@ -150,54 +150,23 @@ def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
 def save_model(
     directory: Path,
     config: OpenELMConfig,
-    arrays: Iterable[tuple[str, mx.array]],
+    arrays: Mapping[str, mx.array],
     quantization: Quantization | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `config.json` and the weights, in shards of at most 1 GiB.
+    """Write `config.json` and the weights, in shards of at most `shard_bytes`."""
+    specs = {name: Spec(array.dtype, array.shape) for name, array in arrays.items()}
+    with new_shards(directory, specs, METADATA, shard_bytes) as write:
+        for name, array in arrays.items():
+            write(name, raw(array))
+    save_config(directory, config, quantization)
 
-    `arrays` is consumed as it comes: no more than one shard is in memory. `quantization` is read
-    when that is done.
-    """
-    written: list[list[str]] = []
-    total = 0
 
-    def flush(shard: dict[str, mx.array]) -> None:
-        file = directory / f"shard-{len(written)}.safetensors"
-        mx.save_safetensors(str(file), shard, {"format": "mlx"})
-        written.append(list(shard))
-
-    shard: dict[str, mx.array] = {}
-    size = 0
-    for name, array in arrays:
-        if shard and size + array.nbytes > SHARD_BYTES:
-            flush(shard)
-            shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
-        total += array.nbytes
-    flush(shard)
-    _name_shards(directory, written, total)
-
+def save_config(
+    directory: Path, config: OpenELMConfig, quantization: Quantization | None = None
+) -> None:
+    """Write `config.json`, the way mlx-lm reads it."""
     values: dict[str, Any] = {"architectures": ["OpenELMForCausalLM"], **config.to_dict()}
     if quantization is not None:
         values["quantization"] = values["quantization_config"] = quantization.to_dict()
     write_json(directory / "config.json", values)
-
-
-def _name_shards(directory: Path, written: list[list[str]], total: int) -> None:
-    """Give `shard-N.safetensors` the names that depend on how many they are; write the index."""
-    if len(written) == 1:
-        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(written):
-        file = f"model-{i + 1:05}-of-{len(written):05}.safetensors"
-        (directory / f"shard-{i}.safetensors").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / "model.safetensors.index.json", index)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON for people and machines: indented, UTF-8, a newline at the end."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ def float32_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo in float32, in which mlx-lm computes as stored."""
     directory = Path(shutil.copytree(DEMO, tmp_path_factory.mktemp("float32") / "model"))
     model, _ = load(DEMO)
-    save_model(directory, model.config, model.parameters().items())
+    save_model(directory, model.config, model.parameters())
     return directory
 
 
@@ -86,7 +86,7 @@ def test_mlx_lm_reads_what_is_quantized_here(
         else:
             arrays[name] = array
     directory = Path(shutil.copytree(float32_demo, tmp_path / "quantized"))
-    save_model(directory, model.config, arrays.items(), quantization)
+    save_model(directory, model.config, arrays, quantization)
     assert our_tokens(directory, 30) == their_tokens(directory, 30)
 
 
@@ -103,7 +103,7 @@ def test_what_mlx_lm_converts_loads_here(
 
 def test_writing_and_reading_is_the_identity(tmp_path: Path) -> None:
     model = random_model(CONFIGS["untied"])
-    save_model(tmp_path, model.config, model.parameters().items())
+    save_model(tmp_path, model.config, model.parameters())
     again = load_model(tmp_path)
     assert again.config == model.config
     assert again.parameters().keys() == model.parameters().keys()
@@ -111,12 +111,9 @@ def test_writing_and_reading_is_the_identity(tmp_path: Path) -> None:
         assert mx.array_equal(again.parameters()[name], array).item()
 
 
-def test_large_models_are_written_in_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlx_openelm.checkpoint.SHARD_BYTES", 30_000)
+def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     model = random_model(CONFIGS["uneven"])
-    save_model(tmp_path, model.config, model.parameters().items())
+    save_model(tmp_path, model.config, model.parameters(), shard_bytes=30_000)
     shards = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert len(shards) > 2
@@ -212,7 +209,7 @@ def test_a_tokenizer_with_too_many_pieces_is_refused(copy: Path) -> None:
         :4000
     ]
     config = model.config.__class__.from_dict({**model.config.to_dict(), "vocab_size": 4000})
-    save_model(copy, config, arrays.items())
+    save_model(copy, config, arrays)
     with pytest.raises(InputError, match="tokenizer has 4096 pieces, the model only 4000"):
         load(copy)
 

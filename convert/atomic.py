@@ -1,0 +1,105 @@
+"""Output that is complete or not there: written beside its place, renamed at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_openelm.errors import InputError, OpenELMError
+
+
+@contextmanager
+def new_directory(out: Path, force: bool) -> Iterator[Path]:
+    """A directory beside `out` to write to, which takes `out`'s place at the end, all on disk.
+
+    After an error nothing is left of it, and `out` is as it was. What a process left that was
+    killed is removed by the next one with the same `out`: as long as a process lives, it holds a
+    lock on its directory.
+
+    Raises:
+        InputError: when `out` is a file, or isn't empty and `force` isn't given.
+        OpenELMError: when it can't be written.
+    """
+    check_target(out, force)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(out)
+        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        partial.chmod(0o777 & ~_umask())
+        lock = _lock(partial)
+    except OSError as error:
+        raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if out.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise OpenELMError(f"{out}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse a directory to make that is a file, or that would be overwritten unasked.
+
+    Raises:
+        InputError: saying which.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out} exists and is not a directory")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise InputError(f"{out} exists and is not empty (--force replaces it)")
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+def _remove_remains(out: Path) -> None:
+    for remains in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
+        lock = _lock(remains)
+        if lock is not None:
+            shutil.rmtree(remains, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the directory's lock; None when another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""The front doors of the converter, one a file: arguments in, text out."""

@@ -1,0 +1,66 @@
+"""`openelm-convert verify DIR --against SOURCE`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mlx_openelm.errors import InputError
+from mlx_openelm.hub import resolve
+
+from ..names import map_names
+from ..sources import open_source
+from ..verify import TOKENS, Verdict, bound_for, stored_quantization, verify
+from ..writer import without_redundant_head
+from .checkpoint import Checkpoint, add_source_options, open_checkpoint, tell_notes
+
+DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
+DESCRIPTION += "the same tokens, in float32. Exit status 0: within the bound; 1: beyond it."
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    p.add_argument("directory", metavar="DIR", help="a model directory")
+    p.add_argument("--against", required=True, metavar="SOURCE", help="what it was made from")
+    p.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"default: {TOKENS}")
+    add_source_options(p.add_argument_group("which weights of SOURCE"))
+
+
+def command(args: argparse.Namespace) -> int:
+    """Compare, print, and tell by the exit status."""
+    if args.tokens < 1:
+        raise InputError(f"--tokens must be at least 1, not {args.tokens}")
+    checkpoint = open_checkpoint(args.against, args)
+    tell_notes(checkpoint.notes)
+    return compare(resolve(args.directory), checkpoint, args.tokens)
+
+
+def compare(directory: Path, checkpoint: Checkpoint, count: int) -> int:
+    """Compare a directory with an opened source; prints the verdict, returns the exit status."""
+    converted = open_source(directory)
+    if converted.config is None:
+        raise InputError(f"{directory}: no config.json in it")
+    tensors, _ = map_names(converted.tensors)
+    tensors, _ = without_redundant_head(tensors, converted.config)
+    source, _ = without_redundant_head(checkpoint.tensors, checkpoint.config)
+    bound = bound_for({t.dtype for t in tensors.values()}, stored_quantization(directory))
+    verdict = verify(source, checkpoint.config, tensors, converted.config, bound, count=count)
+    print(report(verdict, count))
+    return 0 if verdict.passed else 1
+
+
+def report(verdict: Verdict, count: int) -> str:
+    """The verdict, in lines."""
+    lines = [f"{name:<12} {apart:.2e}" for name, apart in verdict.stages]
+    return "\n".join(
+        [
+            f"relative difference after each stage, {count} tokens:",
+            *lines,
+            f"logits: largest difference {verdict.largest:.3g}, mean {verdict.mean:.3g}; KL "
+            f"divergence {verdict.divergence:.3g} nats; same likeliest token at "
+            f"{verdict.agreement:.0%} of positions",
+            f"passed: {verdict.stages[-1][1]:.2e} is within {verdict.bound:g}"
+            if verdict.passed
+            else f"FAILED: beyond {verdict.bound:g}, first at {verdict.parting}",
+        ]
+    )
