@@ -43,7 +43,11 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
         if out.is_dir():
             old = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
             out.rename(old)
-            partial.rename(out)
+            try:
+                partial.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import InputError, OpenELMError
@@ -57,6 +57,44 @@ def _local(path: Path) -> Path | None:
     return path if path.exists() else BUNDLED.get(str(path))
 
 
+def upload(repo: str, files: Mapping[str, Path | bytes], private: bool) -> str:
+    """Put files on the Hugging Face hub in one commit; the repository is made if there is none.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        InputError: when the name is no repository's, or nobody is logged in who may write there.
+        OpenELMError: when the hub can't be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        for name, content in files.items()
+    ]
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        made = api.create_commit(repo, operations, commit_message="Upload with mlx-openelm")
+    except errors.HFValidationError:
+        raise InputError(f"{repo}: not the name of a repository (NAME/MODEL)") from None
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise InputError(
+                f"{repo}: the Hugging Face hub doesn't let you write there; log in with a token "
+                "that may: hf auth login"
+            ) from None
+        raise OpenELMError(f"{repo}: uploading failed ({_first_line(error)})") from error
+    except Exception as error:  # whatever the hub's HTTP client raises without a network
+        raise OpenELMError(f"{repo}: uploading failed ({_first_line(error)})") from error
+    return str(made.commit_url)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _download(repo: str, patterns: Iterable[str], revision: str | None) -> Path:
     if repo.count("/") != 1 or repo.startswith(("/", ".", "~")) or repo.endswith("/"):
         raise InputError(f"{repo}: no such file or directory")
@@ -79,8 +117,8 @@ def _download(repo: str, patterns: Iterable[str], revision: str | None) -> Path:
             "public or that you may see (hf auth login)"
         ) from None
     except Exception as error:  # whatever the hub's HTTP client raises without a network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OpenELMError(
-            f"{repo}: no such directory here, and the Hugging Face hub can't be reached ({reason})"
-            "; with a copy of the model on this machine, give the path of its directory"
+            f"{repo}: no such directory here, and the Hugging Face hub can't be reached "
+            f"({_first_line(error)}); with a copy of the model on this machine, give the path of "
+            "its directory"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -25,6 +26,7 @@ class Hub(BaseHTTPRequestHandler):
 
     repositories: dict[str, dict[str, Path]]
     asked: list[str]
+    uploaded: dict[str, bytes]
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -41,6 +43,30 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """As much as `create_repo` and `create_commit` ask for: all files come in the commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.split("?")[0].strip("/")
+        if self.headers.get("Authorization") != "Bearer hf_may_write":
+            return self._answer(401, b"{}", {})
+        host = f"http://{self.headers['Host']}"
+        if path == "api/repos/create":
+            answer: object = {"url": f"{host}/someone/{json.loads(body)['name']}", "id": "1"}
+        elif "/preupload/" in path:
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": f["path"], **modes} for f in json.loads(body)["files"]]}
+        elif path == "api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            Hub.uploaded = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            answer = {"commitUrl": f"{host}/someone/new/commit/{COMMIT}", "commitOid": COMMIT}
+        self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _describe(self, path: str) -> None:
         repo, _, revision = path.replace("/tree/", "/revision/").partition("/revision/")
@@ -63,7 +89,7 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
@@ -149,3 +175,46 @@ def test_a_repository_is_converted_and_keeps_the_tokenizer(
     result = run("mlx_openelm.convert", *options, **hub)
     assert result.returncode == 0, result.stderr
     assert generate(run, "--model", out)[:2] == generate(run, "--model", DEMO)[:2]
+
+
+def test_a_directory_is_uploaded_with_a_model_card(
+    run: Run, hub: dict[str, str], tmp_path: Path
+) -> None:
+    directory = tmp_path / "made"
+    assert run("mlx_openelm.convert", DEMO, "-o", directory, "-q").returncode == 0
+    (directory / "notes.txt").write_text("mine alone")
+    arguments = ("upload", directory, "someone/new", "--base-model", "someone/tales")
+    refused = run("mlx_openelm.convert", *arguments, **hub, HF_TOKEN="hf_other")
+    assert refused.returncode == 2
+    assert "doesn't let you write there" in refused.stderr.splitlines()[-1]
+    result = run("mlx_openelm.convert", *arguments, **hub, HF_TOKEN="hf_may_write")
+    assert result.returncode == 0, result.stderr
+    assert COMMIT in result.stdout
+    card = Hub.uploaded.pop("README.md").decode()
+    assert "base_model: someone/tales\n" in card
+    assert "quantized to 4 bits (affine, groups of 64)" in card
+    assert Hub.uploaded.keys() == {f.name for f in directory.iterdir()} - {"notes.txt"}
+    for name, content in Hub.uploaded.items():
+        assert content == (directory / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("directory", "repo", "message"),
+    [
+        ("nowhere", "someone/new", "nowhere: no such directory"),
+        (DEMO, "a name/with spaces/three", "not the name of a repository"),
+    ],
+)
+def test_what_cannot_be_uploaded(
+    run: Run, hub: dict[str, str], directory: Path, repo: str, message: str
+) -> None:
+    result = run("mlx_openelm.convert", "upload", directory, repo, **hub)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_uploading_without_a_network(run: Run, hub: dict[str, str]) -> None:
+    away = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_may_write"}
+    result = run("mlx_openelm.convert", "upload", DEMO, "someone/new", **away)
+    assert result.returncode == 1
+    assert "someone/new: uploading failed (" in result.stderr.splitlines()[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_openelm.command import tell
@@ -40,8 +40,12 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     p.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
 
 
-def open_checkpoint(name: str, args: argparse.Namespace) -> Checkpoint:
+def open_checkpoint(
+    name: str, args: argparse.Namespace, known: OpenELMConfig | None = None
+) -> Checkpoint:
     """Open the file, directory or Hugging Face id `name`. Reads headers only.
+
+    `known` is the geometry, but for the vocabulary, where neither the checkpoint nor `args` say.
 
     Raises:
         InputError: when it is not an OpenELM checkpoint, damaged, or hostile.
@@ -49,7 +53,8 @@ def open_checkpoint(name: str, args: argparse.Namespace) -> Checkpoint:
     """
     source = open_source(resolve_source(name, args.revision), ema=args.ema)
     tensors, notes = map_names(source.tensors)
-    config, more = _config(args.config, source, {n: t.shape for n, t in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config, more = _config(args.config, source, shapes, known)
     return Checkpoint(source, tensors, config, [*more, *notes])
 
 
@@ -60,7 +65,10 @@ def tell_notes(notes: list[str]) -> None:
 
 
 def _config(
-    given: Path | None, source: Source, shapes: dict[str, tuple[int, ...]]
+    given: Path | None,
+    source: Source,
+    shapes: dict[str, tuple[int, ...]],
+    known: OpenELMConfig | None,
 ) -> tuple[OpenELMConfig, list[str]]:
     if given is not None:
         yaml = given.suffix.lower() in (".yaml", ".yml")
@@ -69,6 +77,8 @@ def _config(
     if source.config is not None:
         return source.config, []
     config = infer_config(shapes)
+    if known is not None:
+        return replace(known, vocab_size=config.vocab_size), []
     note = (
         f"geometry inferred from the tensors: {config.num_transformer_layers} layers, width "
         f"{config.model_dim}, vocabulary {config.vocab_size}; a context of "

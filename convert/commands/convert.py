@@ -15,11 +15,10 @@ from mlx_openelm.quantization import MODES
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
-from ..verify import TOKENS
 from ..writer import Conversion, Options, convert
-from . import verify
-from .checkpoint import Checkpoint, add_source_options, open_checkpoint, tell_notes
+from .checkpoint import add_source_options, open_checkpoint, tell_notes
 from .progress import progress
+from .verify import compare_with_source
 
 DESCRIPTION = "Convert an OpenELM checkpoint to a model directory that mlx-openelm, mlx-lm and "
 DESCRIPTION += "other MLX runtimes load."
@@ -108,11 +107,7 @@ def command(args: argparse.Namespace) -> int:
             "with it to have it in the directory"
         )
     print(_closing(args.out, done))
-    return _verified(args, checkpoint) if args.verify else 0
-
-
-def _verified(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
-    return verify.compare(args.out, checkpoint, TOKENS)
+    return compare_with_source(args.out, checkpoint) if args.verify else 0
 
 
 def _closing(out: Path, done: Conversion) -> str:

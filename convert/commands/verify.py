@@ -11,7 +11,7 @@ from mlx_openelm.hub import resolve
 from ..names import map_names
 from ..sources import open_source
 from ..verify import TOKENS, Verdict, bound_for, stored_quantization, verify
-from ..writer import without_redundant_head
+from ..writer import check_shapes, without_redundant_head
 from .checkpoint import Checkpoint, add_source_options, open_checkpoint, tell_notes
 
 DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
@@ -30,23 +30,38 @@ def command(args: argparse.Namespace) -> int:
     """Compare, print, and tell by the exit status."""
     if args.tokens < 1:
         raise InputError(f"--tokens must be at least 1, not {args.tokens}")
-    checkpoint = open_checkpoint(args.against, args)
+    directory = resolve(args.directory)
+    converted = _open(directory)
+    checkpoint = open_checkpoint(args.against, args, converted.config)
     tell_notes(checkpoint.notes)
-    return compare(resolve(args.directory), checkpoint, args.tokens)
+    return compare(directory, converted, checkpoint, args.tokens)
 
 
-def compare(directory: Path, checkpoint: Checkpoint, count: int) -> int:
-    """Compare a directory with an opened source; prints the verdict, returns the exit status."""
-    converted = open_source(directory)
-    if converted.config is None:
-        raise InputError(f"{directory}: no config.json in it")
-    tensors, _ = map_names(converted.tensors)
-    tensors, _ = without_redundant_head(tensors, converted.config)
+def compare_with_source(directory: Path, checkpoint: Checkpoint) -> int:
+    """Compare a directory that was just made with what it was made from; as `compare`."""
+    return compare(directory, _open(directory), checkpoint, TOKENS)
+
+
+def compare(directory: Path, converted: Checkpoint, checkpoint: Checkpoint, count: int) -> int:
+    """Compare a model directory with a source; prints the verdict, returns the exit status."""
+    bound = bound_for({t.dtype for t in converted.tensors.values()}, stored_quantization(directory))
     source, _ = without_redundant_head(checkpoint.tensors, checkpoint.config)
-    bound = bound_for({t.dtype for t in tensors.values()}, stored_quantization(directory))
-    verdict = verify(source, checkpoint.config, tensors, converted.config, bound, count=count)
+    verdict = verify(
+        source, checkpoint.config, converted.tensors, converted.config, bound, count=count
+    )
     print(report(verdict, count))
     return 0 if verdict.passed else 1
+
+
+def _open(directory: Path) -> Checkpoint:
+    """A model directory."""
+    source = open_source(directory)
+    if source.config is None:
+        raise InputError(f"{directory}: no config.json in it")
+    tensors, _ = map_names(source.tensors)
+    tensors, _ = without_redundant_head(tensors, source.config)
+    check_shapes(tensors, source.config)
+    return Checkpoint(source, tensors, source.config, [])
 
 
 def report(verdict: Verdict, count: int) -> str:

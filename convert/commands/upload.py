@@ -1,0 +1,42 @@
+"""`openelm-convert upload DIR REPO`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mlx_openelm.checkpoint import load_model
+from mlx_openelm.errors import InputError
+from mlx_openelm.hub import MODEL_FILES, upload
+
+from ..card import model_card
+
+DESCRIPTION = "Put a model directory on the Hugging Face hub, with a model card. Log in first: "
+DESCRIPTION += "hf auth login."
+CARD = "README.md"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    p.add_argument("directory", type=Path, metavar="DIR", help="a model directory")
+    p.add_argument("repo", metavar="REPO", help="such as someone/OpenELM-270M-4bit")
+    p.add_argument("--base-model", metavar="REPO", help="what it was made from, for the card")
+    p.add_argument("--license", metavar="NAME", help="as the hub calls it, for the card")
+    p.add_argument("--private", action="store_true", help="if the repository is new: not public")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Check the directory, upload it in one commit, print the address."""
+    if not args.directory.is_dir():
+        raise InputError(f"{args.directory}: no such directory")
+    load_model(args.directory, lazy=True)
+    files: dict[str, Path | bytes] = {
+        path.name: path
+        for pattern in (*MODEL_FILES, CARD)
+        for path in sorted(args.directory.glob(pattern))
+    }
+    if CARD not in files:
+        card = model_card(args.directory, args.repo, args.base_model, args.license)
+        files[CARD] = card.encode()
+    print(upload(args.repo, files, args.private))
+    return 0

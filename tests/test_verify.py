@@ -1,0 +1,130 @@
+"""Comparing a converted model with its source, and looking into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_openelm.checkpoint import load_model, read_arrays, save_model
+from mlx_openelm.convert.floats import trial_tokens
+from mlx_openelm.convert.forward import stages
+from mlx_openelm.convert.sources import open_source
+from mlx_openelm.hub import BUNDLED
+from mlx_openelm.quantization import Matrix
+
+from . import reference
+from .conftest import Run
+from .models import CONFIGS, random_model
+
+MODULE = "mlx_openelm.convert"
+FIXTURES = Path(__file__).parent / "fixtures"
+DEMO = BUNDLED["demo"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_streamed_network_is_the_references(name: str, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[name])
+    save_model(tmp_path, model.config, model.parameters())
+    weights = {key: np.array(array) for key, array in model.parameters().items()}
+    tokens = trial_tokens(model.config, 20)
+    found = list(stages(open_source(tmp_path).tensors, model.config, tokens))
+    assert [stage.name for stage in found] == [
+        "embeddings",
+        *(f"layer {i}" for i in range(model.config.num_transformer_layers)),
+        "logits",
+    ]
+    wanted = reference.logits(model.config, weights, np.array([tokens]))
+    assert np.abs(np.array(found[-1].hidden) - wanted).max() < 1e-4
+    assert found[-1].largest >= np.abs(wanted).max() - 1e-4
+
+
+def test_the_largest_value_is_seen_inside_a_layer(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["uneven"])
+    layer = model.weights.layers[1]
+    object.__setattr__(layer, "proj_1", Matrix(layer.proj_1.weight * 1e4))
+    object.__setattr__(layer, "proj_2", Matrix(layer.proj_2.weight * 1e-8))
+    save_model(tmp_path, model.config, model.parameters())
+    found = list(stages(open_source(tmp_path).tensors, model.config, [1, 2, 3]))
+    assert found[2].largest > 100 * mx.max(mx.abs(found[2].hidden)).item()
+
+
+def test_what_was_converted_passes(run: Run, tmp_path: Path) -> None:
+    source = FIXTURES / "float32.pt"
+    for dtype in ("float32", "float16", "bfloat16"):
+        result = run(MODULE, source, "-o", tmp_path / dtype, "--dtype", dtype, "--verify")
+        assert result.returncode == 0, result.stderr
+        assert "passed: " in result.stdout
+        again = run(MODULE, "verify", tmp_path / dtype, "--against", source)
+        assert again.returncode == 0, again.stderr
+        assert again.stdout in result.stdout
+    assert "largest difference 0," in run(
+        *(MODULE, "verify", tmp_path / "float32", "--against", source)
+    ).stdout.replace("difference 0.0", "difference 0")
+
+
+def test_what_was_damaged_fails_and_the_layer_is_named(run: Run, tmp_path: Path) -> None:
+    arrays = read_arrays(DEMO)[0]
+    name = "transformer.layers.3.ffn.proj_1.weight"
+    arrays[name] = mx.concatenate([arrays[name][192:], arrays[name][:192]])  # up and gate swapped
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    save_model(damaged, load_model(DEMO).config, arrays)
+    result = run(MODULE, "verify", damaged, "--against", DEMO)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "FAILED: beyond 0.02, first at layer 3"
+    shutil.rmtree(damaged)
+
+
+def test_the_geometry_of_the_directory_stands_for_that_of_a_bare_source(
+    run: Run, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    run(MODULE, FIXTURES / "float32.pt", "-o", tmp_path / "a")
+    values = json.loads((tmp_path / "a" / "config.json").read_text())
+    config.write_text(json.dumps({**values, "rms_norm_eps": 0.1}))
+    run(MODULE, FIXTURES / "float32.pt", "-o", tmp_path / "b", "--config", config)
+    result = run(MODULE, "verify", tmp_path / "b", "--against", FIXTURES / "float32.pt")
+    assert result.returncode == 0, result.stdout
+    other = run(MODULE, "verify", tmp_path / "a", "--against", tmp_path / "b")
+    assert other.returncode == 1
+    assert "first at layer 0" in other.stdout
+
+
+def test_different_models_are_not_compared(run: Run) -> None:
+    result = run(MODULE, "verify", BUNDLED["demo-draft"], "--against", DEMO)
+    assert result.returncode == 2
+    assert "not the same model: 8 layers of width 192 and 2 of 128" in result.stderr
+
+
+def test_inspect_says_what_it_is_and_what_would_become_of_it(run: Run) -> None:
+    text = run(MODULE, "inspect", FIXTURES / "training_checkpoint_last.pt")
+    assert text.returncode == 0, text.stderr
+    assert "CoreNet training checkpoint (model_state_dict)" in text.stdout
+    assert "not one of the published sizes" in text.stdout
+    found = json.loads(run(MODULE, "inspect", DEMO, "--json", "--tensors").stdout)
+    model = load_model(DEMO)
+    assert found["parameters"] == 3_739_840
+    assert found["dtypes"] == {"float16": 66}
+    assert found["would_be"] == {"dtype": "float16", "bytes": 2 * 3_739_840}
+    assert list(found["tensors"]) == list(model.parameters())
+    assert found["query_heads"] == list(model.config.num_query_heads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", FIXTURES / "layouts.pt"], "unknown tensors"),
+        (["inspect", "./nothing"], "no such file or directory"),
+        (["verify", "./nothing", "--against", DEMO], "no such file or directory"),
+        (["verify", DEMO, "--against", DEMO, "--tokens", "0"], "--tokens must be at least 1"),
+    ],
+)
+def test_bad_input(run: Run, arguments: list[str | Path], message: str) -> None:
+    result = run(MODULE, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
