@@ -50,6 +50,8 @@ BLOCK = 20  # paragraphs; every HELD_OUT-th block is kept from training
 HELD_OUT = 20
 MUON_LR, ADAM_LR, WEIGHT_DECAY, DROPOUT = 0.02, 3e-3, 0.05, 0.1
 WARMUP, DECAY = 0.02, 0.4  # shares of the time
+REPEATED = 4  # tokens of a run that counts as repeated
+UNLIKELIHOOD, UNLIKELIHOOD_LR = 1.0, 2e-4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,6 +154,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class Past:
+    """Keys and values of what a network has seen, for generating token by token."""
+
+    def __init__(self) -> None:
+        self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def add(self, attention: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if attention in self.seen:
+            before = self.seen[attention]
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        self.seen[attention] = k, v
+        return k, v
+
+
 class Attention(nn.Module):
     def __init__(self, c: OpenELMConfig, heads: int, kv_heads: int):
         super().__init__()
@@ -162,14 +178,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.out_proj = nn.Linear(heads * c.head_dim, c.model_dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None) -> Tensor:
         B, L, _ = x.shape
         qkv = self.qkv_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if past is not None:
+            k, v = past.add(self, k, v)
         repeats = self.heads // self.kv_heads
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, L, -1))
         return out
 
@@ -199,8 +217,10 @@ class Layer(nn.Module):
         self.attn_norm = RMSNorm(c.model_dim, c.rms_norm_eps)
         self.ffn_norm = RMSNorm(c.model_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
-        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin), dropout, self.training)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float, past: Past | None
+    ) -> Tensor:
+        x = x + F.dropout(self.attn(self.attn_norm(x), cos, sin, past), dropout, self.training)
         return x + F.dropout(self.ffn(self.ffn_norm(x)), dropout, self.training)
 
 
@@ -221,12 +241,12 @@ class Network(nn.Module):
             if name.endswith(("out_proj.weight", "proj_2.weight")):
                 nn.init.zeros_(weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        length = ids.shape[1]
-        cos, sin = self.cos[:length], self.sin[:length]  # type: ignore[index]
+    def forward(self, ids: Tensor, past: Past | None = None, start: int = 0) -> Tensor:
+        end = start + ids.shape[1]
+        cos, sin = self.cos[start:end], self.sin[start:end]  # type: ignore[index]
         x = F.dropout(self.token_embeddings(ids), self.dropout, self.training)
         for layer in self.layers:
-            x = layer(x, cos, sin, self.dropout)
+            x = layer(x, cos, sin, self.dropout, past)
         return F.linear(self.norm(x), self.token_embeddings.weight)
 
 
@@ -342,6 +362,95 @@ def train_demo(
         return F.cross_entropy(run(ids).flatten(0, 1), targets.flatten())
 
     return train(network, training, held_out, minutes, 4096, objective, out / "demo.pt")
+
+
+@torch.no_grad()
+def continue_greedily(network: Network, ids: Tensor, count: int) -> Tensor:
+    """`ids` [B, L] with `count` more tokens each, always the likeliest."""
+    past, start, new = Past(), 0, ids
+    for _ in range(count):
+        logits = network(new, past, start)
+        start += new.shape[1]
+        new = logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def repeats(ids: Tensor, first: int) -> Tensor:
+    """[B, L] bool: which tokens from `first` on end a run of REPEATED that was there before."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for row, flags in zip(ids.tolist(), found, strict=True):
+        seen = set()
+        for end in range(first + REPEATED, len(row) + 1):
+            run = tuple(row[end - REPEATED : end])
+            flags[end - 1] = run in seen
+            seen.add(run)
+    return found
+
+
+def prompts(text: Text, rng: np.random.Generator, batch: int) -> Tensor:
+    """[batch, length] ids of the beginnings of random paragraphs, of a random length."""
+    return text.windows(rng, batch, int(rng.integers(4, 32)))[:, :-1]
+
+
+def repetition(network: Network, text: Text) -> float:
+    """Share of greedily generated tokens that end a repeated run, over prompts from `text`."""
+    network.eval()
+    rng = np.random.default_rng(1)
+    ids = [prompts(text, rng, 16) for _ in range(4)]
+    found = [repeats(continue_greedily(network, i, 100), i.shape[1])[:, -100:] for i in ids]
+    network.train()
+    return torch.cat(found).float().mean().item()
+
+
+def unlearn_repeating(
+    training: Text, held_out: Text, minutes: float, out: Path
+) -> dict[str, float]:
+    """Sequence-level unlikelihood training of `demo` (S. Welleck et al., arXiv 1908.04319, 5.2).
+
+    Small models run in circles when they always take the likeliest token. Here the model goes on
+    from prompts greedily, and the tokens that end a repeated run of four are made less likely;
+    ordinary training goes on with every step.
+    """
+    network = Network(DEMO, dropout=DROPOUT)
+    network.load_state_dict(torch.load(out / "demo.pt", weights_only=True))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=UNLIKELIHOOD_LR, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    rng = np.random.default_rng(2)
+    record = {"repetition_before": repetition(network, held_out)}
+    start = time.monotonic()
+    step = 0
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        optimizer.param_groups[0]["lr"] = UNLIKELIHOOD_LR * min(1, 4 * (1 - progress))
+        window = training.windows(rng, 8, 256)
+        likely = F.cross_entropy(network(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        prompt = prompts(training, rng, 16)
+        network.eval()
+        ids = continue_greedily(network, prompt, 100)
+        network.train()
+        repeated = repeats(ids, prompt.shape[1])[:, 1:]
+        p = network(ids[:, :-1]).softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        unlikely = -(1 - p[repeated]).clamp_min(1e-4).log().sum() / repeated.numel()
+        (likely + UNLIKELIHOOD * unlikely).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 10 == 0:
+            share = repeated.float().mean().item()
+            print(
+                f"{progress:6.1%} step {step} {likely.item():.3f} repeated {share:.1%}", flush=True
+            )
+    torch.save(network.state_dict(), out / "demo.pt")
+    loss = loss_on(network, held_out, 512)
+    return record | {
+        "repetition_after": repetition(network, held_out),
+        "validation_loss": loss,
+        "validation_perplexity": math.exp(loss),
+        "steps": step,
+        "minutes": minutes,
+    }
 
 
 def distil_draft(training: Text, held_out: Text, minutes: float, out: Path) -> dict[str, float]:
