@@ -45,7 +45,7 @@ DROPPABLE: dict[str, str] = {
 OTHER_KINDS: dict[str, str] = {
     ".lora_": "it is a LoRA or DoRA adapter, which has to be merged into its base first",
     ".base_layer.": "it is a model with an adapter, which has to be merged first",
-    ".scales": "it is quantized; convert the checkpoint it was made from",
+    ".scales": "it is quantized; name the directory that has its config.json too",
 }
 _INDEX = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,3})(?=\.)")
 _SHOWN = 8  # unknown names in an error message

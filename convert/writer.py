@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
-from mlx_openelm.tokenizer import load_tokenizer
+from mlx_openelm.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from mlx_openelm.tokenizer_files import write_tokenizer_files
 
 from .atomic import check_target, new_directory
@@ -32,6 +33,9 @@ from .sources import LazyTensor
 
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
 RECORD = "conversion.json"
+CHAT_FILE = "chat_template.jinja"
+# What belongs to a tokenizer.json
+TOKENIZER_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_FILE)
 
 # Called with a tensor's name, and how many bytes of the source have been done with
 Progress = Callable[[str, int], None]
@@ -96,7 +100,7 @@ def convert(
         config: the geometry.
         out: the directory to make.
         options: what to make of them.
-        tokenizer: a SentencePiece file to put beside the weights.
+        tokenizer: a SentencePiece file, or a tokenizer.json, to put beside the weights.
         source: what the tensors came from, for `conversion.json`.
         force: replace `out` if it exists.
         progress: told about every block.
@@ -138,7 +142,7 @@ def convert(
             _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
         save_config(directory, config, quantization)
         if tokenizer is not None:
-            write_tokenizer_files(tokenizer, directory, chat=options.chat)
+            done.notes += _write_tokenizer(tokenizer, directory, options.chat)
         if hashes is not None:
             done.hashing_seconds = hashes.seconds
             record = _record(done, options, source or {}, tensors, layout, hashes, tokenizer)
@@ -254,6 +258,18 @@ def _stream(
                     later(partial(write, part, data))
                 read += rows.nbytes
                 progress(name, read)
+
+
+def _write_tokenizer(tokenizer: Path, directory: Path, chat: bool) -> list[str]:
+    if tokenizer.suffix != ".json":
+        reason = write_tokenizer_files(tokenizer, directory, chat=chat)
+        return [f"no tokenizer.json, which other runtimes need: {reason}"] if reason else []
+    for name in TOKENIZER_JSON_FILES:
+        if tokenizer.with_name(name).exists():
+            shutil.copyfile(tokenizer.with_name(name), directory / name)
+    if chat and not load_tokenizer(directory).has_chat_template:
+        (directory / CHAT_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return []
 
 
 class _Hashes:

@@ -230,7 +230,7 @@ def load_tokenizer(directory_or_file: str | Path) -> Tokenizer:
     path = Path(directory_or_file)
     file, settings, eos_token_ids, template = path, {}, [], None
     if path.is_dir():
-        file = _find(path)
+        file = find_tokenizer(path)
         settings = _read_optional(path / "tokenizer_config.json")
         eos_token_ids = _read_eos_token_ids(path)
         template = _read_chat_template(path, settings)
@@ -248,7 +248,12 @@ def load_tokenizer(directory_or_file: str | Path) -> Tokenizer:
         raise InputError(f"{file}: {error}") from None
 
 
-def _find(directory: Path) -> Path:
+def find_tokenizer(directory: Path) -> Path:
+    """The directory's `tokenizer.model`, else its `tokenizer.json`.
+
+    Raises:
+        InputError: when it has neither.
+    """
     for name in ("tokenizer.model", "tokenizer.json"):
         if (directory / name).exists():
             return directory / name

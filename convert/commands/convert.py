@@ -11,6 +11,7 @@ from mlx_openelm.command import tell
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve_tokenizer
 from mlx_openelm.quantization import MODES
+from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
 
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
@@ -80,13 +81,13 @@ def command(args: argparse.Namespace) -> int:
     """Open the source, convert it, say what was done."""
     recipe = _recipe(args)
     checkpoint = open_checkpoint(args.source, args)
-    tell_notes(checkpoint.notes)
+    tell_notes([*checkpoint.notes, *_quantized_already(checkpoint.source, args.strict)])
     tokenizer = _tokenizer(args.tokenizer, checkpoint.source)
     options = Options(
         dtype=args.dtype,
         recipe=recipe,
         trim_vocab=args.trim_vocab,
-        chat=args.chat or "instruct" in args.source.lower(),
+        chat=args.chat or _chats(args.source, checkpoint.source),
         allow_nonfinite=args.allow_nonfinite,
     )
     with progress(sum(t.nbytes for t in checkpoint.tensors.values())) as report:
@@ -108,6 +109,18 @@ def command(args: argparse.Namespace) -> int:
         )
     print(_closing(args.out, done))
     return compare_with_source(args.out, checkpoint) if args.verify else 0
+
+
+def _quantized_already(source: Source, strict: bool) -> list[str]:
+    if source.quantization is None:
+        return []
+    bits = source.quantization.default.bits
+    if strict:
+        raise InputError(
+            f"{source.path}: its weights are quantized to {bits} bits already (--strict); convert "
+            "the checkpoint that it was made from"
+        )
+    return [f"dequantized from {bits} bits: what that lost, stays lost"]
 
 
 def _closing(out: Path, done: Conversion) -> str:
@@ -139,8 +152,16 @@ def _tokenizer(given: str | None, source: Source) -> Path | None:
     if given is None:
         return source.tokenizer
     path = resolve_tokenizer(given)
-    if path.is_dir():
-        path = path / "tokenizer.model"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a SentencePiece tokenizer.model is needed")
-    return path
+    return find_tokenizer(path) if path.is_dir() else path
+
+
+def _chats(name: str, source: Source) -> bool:
+    """Whether this is an Instruct model: its name says so, or it has a chat template."""
+    if "instruct" in name.lower():
+        return True
+    directory = source.path
+    return (
+        bool(source.tokenizer)
+        and directory.is_dir()
+        and load_tokenizer(directory).has_chat_template
+    )

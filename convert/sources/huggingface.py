@@ -1,4 +1,7 @@
-"""A Hugging Face model directory: `config.json` beside safetensors or `pytorch_model.bin`."""
+"""A directory with `config.json` beside its weights: Hugging Face, mlx-lm, Apple's MLX example.
+
+They differ in the file's name and in the tensors' names, which `names` knows.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.quantization import Quantization
 
 from .lazy import LazyTensor, Source, read_json, shown
+from .quantized import dequantized
 from .safetensors_file import open_safetensors
 from .torch_file import lazy_tensors, open_torch
 
@@ -33,14 +38,38 @@ def open_huggingface(path: Path) -> Source:
             f"{path}: no weights in it: {' or '.join(WEIGHTS)} is needed, or "
             "its .index.json (for a CoreNet checkpoint, name the .pt file itself)"
         )
-    config, tokenizer = path / "config.json", path / "tokenizer.model"
+    config = path / "config.json"
+    tokenizers = (path / name for name in ("tokenizer.model", "tokenizer.json"))
+    quantization = _quantization(config) if config.exists() else None
+    tensors = dequantized(tensors, quantization, str(path))
     return Source(
-        f"Hugging Face directory ({name})",
+        _kind(name, config, quantization),
         path,
         tensors,
         OpenELMConfig.from_json(config) if config.exists() else None,
-        tokenizer if tokenizer.is_file() else None,
+        next((file for file in tokenizers if file.is_file()), None),
+        quantization,
     )
+
+
+def _quantization(config: Path) -> Quantization | None:
+    values = read_json(config)
+    stored = values.get("quantization") or values.get("quantization_config")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict):
+        raise InputError(f"{config}: quantization is {shown(stored)}, not an object")
+    return Quantization.from_dict(stored, str(config))
+
+
+def _kind(name: str, config: Path, quantization: Quantization | None) -> str:
+    if name == APPLE_MLX:
+        whose = "MLX directory of Apple's example"
+    else:
+        mlx = quantization is not None or os.path.exists(config.with_name("conversion.json"))
+        whose = "MLX directory" if mlx else "Hugging Face directory"
+    how = f", quantized to {quantization.default.bits} bits" if quantization else ""
+    return f"{whose} ({name}{how})"
 
 
 def open_shards(
@@ -84,8 +113,10 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
     return lazy_tensors(file, file.content)
 
 
-# In the order in which transformers looks for them
+APPLE_MLX = "weights.safetensors"
+# In the order in which transformers looks for them; the last one is of Apple's MLX example
 WEIGHTS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "model.safetensors": open_safetensors,
     "pytorch_model.bin": _open_bin,
+    APPLE_MLX: open_safetensors,
 }

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.quantization import Quantization
 
 # A directory, header or pickle larger than this (bytes) is refused before it is read: those of
 # OpenELM-3B's full training checkpoint have under 300 kB.
@@ -83,8 +84,9 @@ def row_count(shape: tuple[int, ...]) -> int:
 class Source:
     """A checkpoint, opened: only its headers have been read.
 
-    `kind` says what it is in words. `tensors` has the source's names; `config` and `tokenizer`
-    (a SentencePiece file) are None where the source has none.
+    `kind` says what it is in words. `tensors` has the source's names, each quantized matrix as
+    what it stands for, and `quantization` how that was done. What a source doesn't have is None;
+    `tokenizer` is a SentencePiece file or a `tokenizer.json`.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class Source:
     tensors: dict[str, LazyTensor]
     config: OpenELMConfig | None = None
     tokenizer: Path | None = None
+    quantization: Quantization | None = None
 
 
 def item_size(dtype: str) -> int:
