@@ -30,8 +30,8 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "CoreNet": {name.removeprefix("transformer."): name for name in CANONICAL[:-1]}
     | {"classifier.weight": "lm_head.weight"},
 }
-# What wrappers of a model put before its names: DistributedDataParallel, torch.compile
-WRAPPERS = ("module.", "_orig_mod.")
+# What wrappers of a model put before its names: DistributedDataParallel, torch.compile, PEFT
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 # End of a name → why the tensor isn't needed
 DROPPABLE: dict[str, str] = {
     ".attn.pos_embedding.inv_freq": "computed from the config",
@@ -43,8 +43,8 @@ DROPPABLE: dict[str, str] = {
 }
 # Part of a name → what such a checkpoint is, which has to be treated otherwise
 OTHER_KINDS: dict[str, str] = {
-    ".lora_": "it is a LoRA or DoRA adapter, which has to be merged into its base first",
-    ".base_layer.": "it is a model with an adapter, which has to be merged first",
+    ".lora_": "it has an adapter of a kind that isn't known here",
+    ".base_layer.": "it has an adapter of a kind that isn't known here",
     ".scales": "it is quantized; name the directory that has its config.json too",
 }
 _INDEX = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,3})(?=\.)")
@@ -86,8 +86,8 @@ def map_names(tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
 
 def canonical_name(name: str) -> str | None:
     """The name that a model directory has for a tensor; None when no layout knows it."""
-    while name.startswith(WRAPPERS):
-        name = name[name.index(".") + 1 :]
+    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
+        name = name.removeprefix(wrapper)
     found = _INDEX.search(name)
     index = found.group() if found else ""
     template = _INDEX.sub("{i}", name)

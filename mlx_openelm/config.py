@@ -226,16 +226,7 @@ class OpenELMConfig:
         Raises:
             InputError: when the file can't be read or names no published model.
         """
-        import yaml
-
-        try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: not a YAML file ({reason})") from None
-        section = _descend(document, ("model", "language_modeling", "general_gpt"))
+        section = descend(read_yaml(path), ("model", "language_modeling", "general_gpt"))
         if "model_name" not in section:
             raise InputError(f"{path}: no model.language_modeling.general_gpt.model_name")
         return cls.from_dict(section, where=str(path))
@@ -245,6 +236,23 @@ class OpenELMConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"model_type": "openelm", **lists}
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds, plain values only.
+
+    Raises:
+        InputError: when it can't be read.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a YAML file ({reason})") from None
 
 
 _COUNT = range(1, 2**31)
@@ -289,7 +297,7 @@ def _from_published(values: Mapping[str, Any]) -> OpenELMConfig:
     return OpenELMConfig.from_name(str(values["model_name"]), **given)
 
 
-def _descend(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
+def descend(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
     """What stands under a path of keys in nested mappings, whether nested or dotted."""
     if not isinstance(tree, dict):
         return {}
@@ -297,7 +305,7 @@ def _descend(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
         return tree
     found: dict[str, Any] = {}
     for length in range(1, len(keys) + 1):
-        found |= _descend(tree.get(".".join(keys[:length])), keys[length:])
+        found |= descend(tree.get(".".join(keys[:length])), keys[length:])
     prefix = ".".join(keys) + "."
     dotted = {k.removeprefix(prefix): v for k, v in tree.items() if str(k).startswith(prefix)}
     return found | dotted

@@ -3,14 +3,16 @@
     python scripts/make_fixtures.py [tests/fixtures]
 
 Beside each FILE.pt stands FILE.npz with what is in it: the values of every tensor in float32, and
-`dtypes`, a list of "name=dtype". Needs PyTorch.
+`dtypes`, a list of "name=dtype". Needs PyTorch, and PEFT for the adapters.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,87 @@ def training_checkpoint() -> dict[str, object]:
     }
 
 
+class Adaptable(nn.Module):
+    """The network with modules that PEFT knows, so that it can adapt and merge them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in tensor_shapes(CONFIG).items():
+            *path, last = name.removeprefix("transformer.").removesuffix(".weight").split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            made: nn.Module = nn.LayerNorm(shape, bias=False)
+            if last == "token_embeddings":
+                made = nn.Embedding(*shape)
+            elif len(shape) == 2:
+                made = nn.Linear(shape[1], shape[0], bias=False)
+            module.add_module(last, made)
+
+
+def adapted(adapter: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A network with a random adapter of PEFT's, and its tensors once that is merged."""
+    from peft import LoraConfig, get_peft_model
+
+    base = Adaptable()
+    base.load_state_dict(torch.load("tests/fixtures/float32.pt", weights_only=True))
+    config = LoraConfig(r=3, bias="none", **options)
+    model = get_peft_model(base, config, adapter_name=adapter)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.3 + 0.1
+    merged = deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    return model, merged.state_dict()
+
+
+LINEAR = ["qkv_proj", "out_proj", "proj_1", "proj_2"]
+
+
+def adapters(directory: Path) -> None:
+    """CoreNet's LoRA and DoRA checkpoints, and PEFT's directories, with what they merge to.
+
+    CoreNet's layers are PEFT's, adapted, and have its names; its magnitudes were parameters.
+    """
+    from peft import PeftModel
+
+    torch.manual_seed(1)
+    for name, options in {
+        "lora": {"target_modules": [*LINEAR, "token_embeddings"], "lora_alpha": 3},
+        "dora": {"target_modules": LINEAR, "lora_alpha": 6, "use_dora": True},
+    }.items():
+        model, merged = adapted("lora", **options)
+        state = {
+            key.removeprefix("base_model.model.").replace(
+                "lora_magnitude_vector.lora.weight", "lora_magnitude_vector.lora"
+            ): value
+            for key, value in model.state_dict().items()
+        }
+        save(directory / f"{name}.pt", OrderedDict(state), merged)
+    for name, options in {
+        "peft_lora": {
+            "target_modules": [*LINEAR, "token_embeddings"],
+            "modules_to_save": ["attn_norm"],
+            "lora_alpha": 5,
+            "use_rslora": True,
+            "alpha_pattern": {"layers.1.attn.qkv_proj": 7},
+            "rank_pattern": {"layers.0.ffn.proj_1": 2},
+        },
+        "peft_dora": {"target_modules": LINEAR, "lora_alpha": 4, "use_dora": True},
+    }.items():
+        model, merged = adapted("default", **options)
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.data = parameter.data + 1
+        merged = deepcopy(model).merge_and_unload().state_dict()  # type: ignore[operator]
+        assert isinstance(model, PeftModel)
+        model.save_pretrained(directory / name)
+        (directory / name / "README.md").unlink()
+        values = {key: value.numpy() for key, value in merged.items()}
+        np.savez_compressed(directory / f"{name}.npz", **values)
+
+
 def save(path: Path, content: object, tensors: dict[str, Tensor]) -> None:
     """Save `content`, and beside it the tensors that are to be found in it."""
     torch.save(content, path)
@@ -129,6 +212,7 @@ def main(directory: Path) -> None:
     torch.serialization.set_crc32_options(False)
     torch.save({"ones": torch.ones(3)}, directory / "no_crc.pt")
     torch.serialization.set_crc32_options(True)
+    adapters(directory)
 
 
 if __name__ == "__main__":

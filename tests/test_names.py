@@ -95,8 +95,8 @@ def test_unknown_names_are_listed_but_not_endlessly() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("layers.0.attn.qkv_proj.lora_A.lora.weight", "a LoRA or DoRA adapter"),
-        ("layers.0.attn.qkv_proj.base_layer.weight", "a model with an adapter"),
+        ("layers.0.attn.qkv_proj.lora_C.lora.weight", "an adapter of a kind that isn't known"),
+        ("layers.0.attn.qkv_proj.base_layer.bias", "an adapter of a kind that isn't known"),
         ("transformer.layers.0.attn.qkv_proj.scales", "it is quantized"),
     ],
 )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from mlx_openelm.command import tell
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve_source
 
+from ..adapters import EMBEDDINGS, Scale, alpha_over_rank, corenet_scale, merge, split
 from ..geometry import infer_config
 from ..names import map_names
 from ..sources import LazyTensor, Source, open_source
+from ..sources.peft import PeftAdapter, is_peft, open_peft
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--ema", action="store_true", help="of a full training checkpoint, the averaged weights"
     )
+    p.add_argument(
+        "--base", metavar="SOURCE", help="the weights that an adapter is to be merged into"
+    )
+    p.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="N",
+        help="of a LoRA or DoRA adapter (default: from its config, or the training YAML)",
+    )
     p.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
 
 
@@ -51,11 +64,65 @@ def open_checkpoint(
         InputError: when it is not an OpenELM checkpoint, damaged, or hostile.
         OpenELMError: when the hub can't be reached.
     """
-    source = open_source(resolve_source(name, args.revision), ema=args.ema)
-    tensors, notes = map_names(source.tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config, more = _config(args.config, source, shapes, known)
-    return Checkpoint(source, tensors, config, [*more, *notes])
+    path = resolve_source(name, args.revision)
+    if is_peft(path):
+        return _with_peft(open_peft(path), args, known)
+    source = open_source(path, ema=args.ema)
+    plain, adapters = split(source.tensors)
+    tensors, notes = map_names(plain)
+    if adapters and EMBEDDINGS not in tensors:
+        if args.base is None:
+            raise InputError(f"{path}: an adapter without its base weights; name them with --base")
+        base = _base(args.base, args, known)
+        tensors, config, notes = base.tensors | tensors, base.config, [*base.notes, *notes]
+        source = replace(source, tokenizer=base.source.tokenizer)
+    else:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        config, more = _config(args.config, source, shapes, known)
+        notes = [*more, *notes]
+    if adapters:
+        scale, why = _corenet_scale(args)
+        tensors, config, merged = merge(tensors, adapters, scale, config)
+        kind = f"{source.kind} with a LoRA or DoRA adapter"
+        source, notes = replace(source, kind=kind), [*notes, *why, *merged]
+    return Checkpoint(source, tensors, config, notes)
+
+
+def _with_peft(
+    adapter: PeftAdapter, args: argparse.Namespace, known: OpenELMConfig | None
+) -> Checkpoint:
+    name = args.base or adapter.base
+    if name is None:
+        raise InputError(f"{adapter.path}: doesn't say what it was trained on; use --base")
+    base = _base(name, args, known)
+    plain, adapters = split(adapter.tensors)
+    saved, notes = map_names(plain)
+    scale = adapter.scale if args.lora_alpha is None else alpha_over_rank(args.lora_alpha)
+    tensors, config, merged = merge(base.tensors | saved, adapters, scale, base.config)
+    kind = f"PEFT adapter of {name}"
+    notes = [*base.notes, *notes, *merged]
+    return Checkpoint(replace(base.source, kind=kind), tensors, config, notes)
+
+
+def _base(name: str, args: argparse.Namespace, known: OpenELMConfig | None) -> Checkpoint:
+    without = argparse.Namespace(**{**vars(args), "base": None, "revision": None, "ema": False})
+    return open_checkpoint(name, without, known)
+
+
+def _corenet_scale(args: argparse.Namespace) -> tuple[Scale, list[str]]:
+    if args.lora_alpha is not None:
+        return alpha_over_rank(args.lora_alpha), []
+    scale = corenet_scale(args.config) if _is_yaml(args.config) else None
+    if scale is not None:
+        return scale, []
+    return lambda module, rank: 1.0, [
+        "the file doesn't say the adapter's alpha: taken to be its rank, as in CoreNet's own "
+        "recipes (--lora-alpha, or the training YAML as --config, says otherwise)"
+    ]
+
+
+def _is_yaml(path: Path | None) -> TypeGuard[Path]:
+    return path is not None and path.suffix.lower() in (".yaml", ".yml")
 
 
 def tell_notes(notes: list[str]) -> None:
@@ -71,8 +138,7 @@ def _config(
     known: OpenELMConfig | None,
 ) -> tuple[OpenELMConfig, list[str]]:
     if given is not None:
-        yaml = given.suffix.lower() in (".yaml", ".yml")
-        read = OpenELMConfig.from_corenet_yaml if yaml else OpenELMConfig.from_json
+        read = OpenELMConfig.from_corenet_yaml if _is_yaml(given) else OpenELMConfig.from_json
         return read(given), []
     if source.config is not None:
         return source.config, []

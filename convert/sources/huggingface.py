@@ -106,7 +106,12 @@ def open_shards(
     return tensors
 
 
-def _open_bin(path: Path) -> dict[str, LazyTensor]:
+def open_bin(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a `.bin`, which is a state dict that torch.save wrote.
+
+    Raises:
+        InputError: as `open_torch` does, or when it holds something else.
+    """
     file = open_torch(path)
     if not isinstance(file.content, dict):
         raise InputError(f"{path}: holds a {type(file.content).__name__}, not a state dict")
@@ -117,6 +122,6 @@ APPLE_MLX = "weights.safetensors"
 # In the order in which transformers looks for them; the last one is of Apple's MLX example
 WEIGHTS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "model.safetensors": open_safetensors,
-    "pytorch_model.bin": _open_bin,
+    "pytorch_model.bin": open_bin,
     APPLE_MLX: open_safetensors,
 }
