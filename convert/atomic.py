@@ -28,15 +28,7 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
     """
     check_target(out, force)
     out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_remains(out)
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        partial.chmod(0o777 & ~_umask())
-        lock = _lock(partial)
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
-    try:
+    with _beside(out) as partial:
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
@@ -51,13 +43,24 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+
+
+@contextmanager
+def new_file(out: Path, force: bool) -> Iterator[Path]:
+    """A file beside `out` to write to, which takes `out`'s place at the end, as `new_directory`.
+
+    Raises:
+        InputError: when `out` is a directory, or exists and `force` isn't given.
+        OpenELMError: when it can't be written.
+    """
+    if out.is_dir():
+        raise InputError(f"{out} is a directory; a file is to be written")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists (--force replaces it)")
+    with _beside(out) as partial:
+        yield partial / out.name
+        _sync(partial / out.name)
+        (partial / out.name).rename(out)
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -70,6 +73,29 @@ def check_target(out: Path, force: bool) -> None:
         raise InputError(f"{out} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise InputError(f"{out} exists and is not empty (--force replaces it)")
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A locked directory beside `out`, which is gone at the end unless it was renamed."""
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(out)
+        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        partial.chmod(0o777 & ~_umask())
+        lock = _lock(partial)
+    except OSError as error:
+        raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
+    try:
+        yield partial
+        _sync(out.parent)
+    except OSError as error:
+        raise OpenELMError(f"{out}: can't be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _prefix(out: Path) -> str:

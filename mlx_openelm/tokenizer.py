@@ -41,7 +41,7 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         self._vocabulary = vocabulary
-        self._chat_template = chat_template or CHAT_TEMPLATE
+        self.chat_template = chat_template or CHAT_TEMPLATE
         self.has_chat_template = chat_template is not None
         self.vocab_size = vocabulary.size
         self.bos_token = bos_token
@@ -139,11 +139,11 @@ class Tokenizer:
             for key in ("role", "content"):
                 if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
                     raise InputError(f"message {i} needs a {key!r} that is a string")
-        if self._chat_template == CHAT_TEMPLATE:
+        if self.chat_template == CHAT_TEMPLATE:
             text = self._render(messages, add_generation_prompt)
         else:
             text = _render_jinja(
-                self._chat_template,
+                self.chat_template,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token,

@@ -21,16 +21,19 @@ _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 _BPE = 2
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
+    """A token of a SentencePiece model; `kind` is 1 normal, 2 unknown, 3 control, 4 user-defined,
+    5 unused, 6 byte."""
+
     text: str
     score: float
     kind: int
 
 
-class _Model(NamedTuple):
+class SentencePieceModel(NamedTuple):
     """A SentencePiece model file; `trainer` and `normalizer` by field number."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     trainer: dict[int, Any]
     normalizer: dict[int, Any]
 
@@ -55,7 +58,7 @@ def write_tokenizer_files(model_file: Path, directory: Path, chat: bool) -> str 
         raise InputError(f"{model_file}: has no BOS or no EOS token; OpenELM needs both")
     data = model_file.read_bytes()
     (directory / "tokenizer.model").write_bytes(data)
-    model = _parse(data)
+    model = parse_sentencepiece(data)
     configuration = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": model.pieces[bos].text,
@@ -72,7 +75,7 @@ def write_tokenizer_files(model_file: Path, directory: Path, chat: bool) -> str 
     return reason
 
 
-def _no_equal(model: _Model) -> str | None:
+def _no_equal(model: SentencePieceModel) -> str | None:
     """Why no `tokenizer.json` gives the ids that this model gives, or None."""
     if model.trainer.get(_MODEL_TYPE) != _BPE:
         return "the SentencePiece model is not of the BPE kind"
@@ -94,7 +97,7 @@ def _no_equal(model: _Model) -> str | None:
     return None
 
 
-def _tokenizer_json(model: _Model, bos: int, unknown: int) -> dict[str, Any]:
+def _tokenizer_json(model: SentencePieceModel, bos: int, unknown: int) -> dict[str, Any]:
     """A BPE tokenizer of Hugging Face's tokenizers: its parts, in their JSON form."""
     bos_token = model.pieces[bos].text
     bos_step = {"SpecialToken": {"id": bos_token, "type_id": 0}}
@@ -158,7 +161,7 @@ def _tokenizer_json(model: _Model, bos: int, unknown: int) -> dict[str, Any]:
     }
 
 
-def _merges(pieces: list[_Piece]) -> list[str]:
+def _merges(pieces: list[Piece]) -> list[str]:
     """Every pair of pieces that makes a third, the one of the highest score first.
 
     SentencePiece stores no merges: it joins the neighbours that make the piece of the highest
@@ -176,20 +179,21 @@ def _merges(pieces: list[_Piece]) -> list[str]:
     ]
 
 
-def _parse(data: bytes) -> _Model:
-    pieces: list[_Piece] = []
+def parse_sentencepiece(data: bytes) -> SentencePieceModel:
+    """The fields of a SentencePiece model file that its own library doesn't give."""
+    pieces: list[Piece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     for field, value in _fields(data):
         if field == _PIECES:
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0]
-            pieces.append(_Piece(piece[_TEXT].decode(), score, piece.get(_KIND, _NORMAL)))
+            pieces.append(Piece(piece[_TEXT].decode(), score, piece.get(_KIND, _NORMAL)))
         elif field == _TRAINER:
             trainer.update(_fields(value))
         elif field == _NORMALIZER:
             normalizer.update(_fields(value))
-    return _Model(pieces, trainer, normalizer)
+    return SentencePieceModel(pieces, trainer, normalizer)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

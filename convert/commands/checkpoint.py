@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -13,20 +13,11 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve_source
 
 from ..adapters import EMBEDDINGS, Scale, alpha_over_rank, corenet_scale, merge, split
+from ..checkpoint import Checkpoint
 from ..geometry import infer_config
 from ..names import map_names
-from ..sources import LazyTensor, Source, open_source
+from ..sources import Source, open_source
 from ..sources.peft import PeftAdapter, is_peft, open_peft
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A source with its tensors by the names of a model directory, and the geometry."""
-
-    source: Source
-    tensors: dict[str, LazyTensor]
-    config: OpenELMConfig
-    notes: list[str]
 
 
 def add_source_options(p: argparse._ActionsContainer) -> None:

@@ -8,11 +8,12 @@ import math
 from collections import Counter
 from typing import Any
 
-from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.shapes import tensor_shapes
 
+from ..checkpoint import Checkpoint
+from ..published import published_name
 from ..writer import EMBEDDINGS, check_shapes
-from .checkpoint import Checkpoint, add_source_options, open_checkpoint
+from .checkpoint import add_source_options, open_checkpoint
 
 DESCRIPTION = "Say what a checkpoint is, and what converting would make of it. Reads headers only."
 
@@ -73,15 +74,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             for name, t in ((name, tensors[name]) for name in tensor_shapes(config))
         },
     }
-
-
-def published_name(config: OpenELMConfig) -> str | None:
-    """The published model with the same tensors, whatever its vocabulary; None if there is none."""
-    for name in PUBLISHED:
-        published = OpenELMConfig.from_name(name, config.vocab_size)
-        if tensor_shapes(published) == tensor_shapes(config):
-            return name
-    return None
 
 
 def as_text(name: str, found: dict[str, Any]) -> str:

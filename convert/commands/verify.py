@@ -8,11 +8,10 @@ from pathlib import Path
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve
 
-from ..names import map_names
-from ..sources import open_source
+from ..checkpoint import Checkpoint, open_directory
 from ..verify import TOKENS, Verdict, bound_for, stored_quantization, verify
-from ..writer import check_shapes, without_redundant_head
-from .checkpoint import Checkpoint, add_source_options, open_checkpoint, tell_notes
+from ..writer import without_redundant_head
+from .checkpoint import add_source_options, open_checkpoint, tell_notes
 
 DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
 DESCRIPTION += "the same tokens, in float32. Exit status 0: within the bound; 1: beyond it."
@@ -31,7 +30,7 @@ def command(args: argparse.Namespace) -> int:
     if args.tokens < 1:
         raise InputError(f"--tokens must be at least 1, not {args.tokens}")
     directory = resolve(args.directory)
-    converted = _open(directory)
+    converted = open_directory(directory)
     checkpoint = open_checkpoint(args.against, args, converted.config)
     tell_notes(checkpoint.notes)
     return compare(directory, converted, checkpoint, args.tokens)
@@ -39,7 +38,7 @@ def command(args: argparse.Namespace) -> int:
 
 def compare_with_source(directory: Path, checkpoint: Checkpoint) -> int:
     """Compare a directory that was just made with what it was made from; as `compare`."""
-    return compare(directory, _open(directory), checkpoint, TOKENS)
+    return compare(directory, open_directory(directory), checkpoint, TOKENS)
 
 
 def compare(directory: Path, converted: Checkpoint, checkpoint: Checkpoint, count: int) -> int:
@@ -51,17 +50,6 @@ def compare(directory: Path, converted: Checkpoint, checkpoint: Checkpoint, coun
     )
     print(report(verdict, count))
     return 0 if verdict.passed else 1
-
-
-def _open(directory: Path) -> Checkpoint:
-    """A model directory."""
-    source = open_source(directory)
-    if source.config is None:
-        raise InputError(f"{directory}: no config.json in it")
-    tensors, _ = map_names(source.tensors)
-    tensors, _ = without_redundant_head(tensors, source.config)
-    check_shapes(tensors, source.config)
-    return Checkpoint(source, tensors, source.config, [])
 
 
 def report(verdict: Verdict, count: int) -> str:

@@ -25,19 +25,7 @@ def open_huggingface(path: Path) -> Source:
     Raises:
         InputError: when weights are missing, or a file is damaged; says which.
     """
-    for name, opener in WEIGHTS.items():
-        if os.path.exists(path / name):
-            tensors = opener(path / name)
-            break
-        index = path / f"{name}.index.json"
-        if os.path.exists(index):
-            tensors = open_shards(index, opener)
-            break
-    else:
-        raise InputError(
-            f"{path}: no weights in it: {' or '.join(WEIGHTS)} is needed, or "
-            "its .index.json (for a CoreNet checkpoint, name the .pt file itself)"
-        )
+    name, tensors = _find_weights(path)
     config = path / "config.json"
     tokenizers = (path / name for name in ("tokenizer.model", "tokenizer.json"))
     quantization = _quantization(config) if config.exists() else None
@@ -49,6 +37,29 @@ def open_huggingface(path: Path) -> Source:
         OpenELMConfig.from_json(config) if config.exists() else None,
         next((file for file in tokenizers if file.is_file()), None),
         quantization,
+    )
+
+
+def open_weights(path: Path) -> dict[str, LazyTensor]:
+    """A directory's tensors as they are stored, quantized ones in their parts.
+
+    Raises:
+        InputError: as `open_huggingface`.
+    """
+    return _find_weights(path)[1]
+
+
+def _find_weights(path: Path) -> tuple[str, dict[str, LazyTensor]]:
+    """The name of the file (or of the one that was cut into shards), and the tensors."""
+    for name, opener in WEIGHTS.items():
+        if os.path.exists(path / name):
+            return name, opener(path / name)
+        index = path / f"{name}.index.json"
+        if os.path.exists(index):
+            return name, open_shards(index, opener)
+    raise InputError(
+        f"{path}: no weights in it: {' or '.join(WEIGHTS)} is needed, or its .index.json (for a "
+        "CoreNet checkpoint, name the .pt file itself)"
     )
 
 
