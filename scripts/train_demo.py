@@ -1,10 +1,10 @@
 """Train the bundled models: a tokenizer, `demo`, and `demo-draft` distilled from it.
 
-    python scripts/train_demo.py --data TALES --out OUT --minutes 90 --draft-minutes 20
+    python scripts/train_demo.py --data TALES --out OUT
 
 Writes, the way CoreNet saves them, OUT/demo.pt and OUT/demo-draft.pt (state dicts), beside each a
 `*.config.json` in Hugging Face's form, OUT/demo.model (SentencePiece) and OUT/training.json.
-A step `tokenizer`, `demo` or `draft` alone is run by naming it. Needs PyTorch.
+A step `tokenizer`, `demo`, `unlearn` or `draft` alone is run by naming it. Needs PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ HELD_OUT = 20
 MUON_LR, ADAM_LR, WEIGHT_DECAY, DROPOUT = 0.02, 3e-3, 0.05, 0.1
 WARMUP, DECAY = 0.02, 0.4  # shares of the time
 REPEATED = 4  # tokens of a run that counts as repeated
-UNLIKELIHOOD, UNLIKELIHOOD_LR = 1.0, 2e-4
+UNLIKELIHOOD, UNLIKELIHOOD_LR = 2.0, 3e-4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,11 +472,13 @@ def distil_draft(training: Text, held_out: Text, minutes: float, out: Path) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("steps", nargs="*", default=["tokenizer", "demo", "draft"])
+    parser.add_argument("steps", nargs="*", default=["tokenizer", "demo", "unlearn", "draft"])
     parser.add_argument("--data", type=Path, required=True, help="folder of .txt files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--unlearn-minutes", type=float, default=20)
     parser.add_argument("--draft-minutes", type=float, default=20)
+    parser.add_argument("--resume", action="store_true", help="train OUT/demo.pt further")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -488,17 +491,17 @@ def main() -> None:
     record_file = args.out / "training.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
     record |= {"training_tokens": len(training.ids), "held_out_tokens": len(held_out.ids)}
-    for step, run, config, minutes in (
-        ("demo", train_demo, DEMO, args.minutes),
-        ("draft", distil_draft, DRAFT, args.draft_minutes),
+    for step, name, config, run in (
+        ("demo", "demo", DEMO, partial(train_demo, minutes=args.minutes, resume=args.resume)),
+        ("unlearn", "demo", DEMO, partial(unlearn_repeating, minutes=args.unlearn_minutes)),
+        ("draft", "demo-draft", DRAFT, partial(distil_draft, minutes=args.draft_minutes)),
     ):
         if step in args.steps:
-            name = "demo" if step == "demo" else "demo-draft"
-            record[name] = run(training, held_out, minutes, args.out)
+            record[step] = run(training, held_out, out=args.out)
             text = json.dumps(config.to_dict(), indent=2) + "\n"
             (args.out / f"{name}.config.json").write_text(text)
             record_file.write_text(json.dumps(record, indent=2) + "\n")
-            print(json.dumps(record[name], indent=2), flush=True)
+            print(json.dumps(record[step], indent=2), flush=True)
 
 
 if __name__ == "__main__":

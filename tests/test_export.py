@@ -1,0 +1,322 @@
+"""Model directories in the formats of others, checked with the others' own tools."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_openelm import OpenELM, OpenELMConfig, generate
+from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
+from mlx_openelm.convert.export import export
+from mlx_openelm.convert.sources import open_source
+from mlx_openelm.errors import InputError
+from mlx_openelm.hub import BUNDLED
+from mlx_openelm.tokenizer import Tokenizer
+
+from .conftest import Run
+from .models import CONFIGS, random_model
+
+MODULE = "mlx_openelm.convert"
+DEMO = BUNDLED["demo"]
+FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def directory_of(name: str, dtype: str, where: Path) -> Path:
+    model = random_model(CONFIGS[name])
+    where.mkdir()
+    arrays = {key: array.astype(FLOATS[dtype]) for key, array in model.parameters().items()}
+    save_model(where, model.config, arrays)
+    return where
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and bool(mx.array_equal(a[name], b[name]).item())
+        for name in a
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["scaled", "untied", "no GLU", "no q/k norm"])
+@pytest.mark.parametrize("format", ["hf", "corenet"])
+def test_there_and_back_is_the_identity(
+    run: Run, tmp_path: Path, format: str, name: str, dtype: str
+) -> None:
+    directory = directory_of(name, dtype, tmp_path / "model")
+    out = tmp_path / "exported"
+    notes = export(directory, out, format)
+    assert any("can only name published sizes" in note for note in notes) is (format == "corenet")
+    config = [] if format == "hf" else ["--config", str(directory / "config.json")]
+    result = run(MODULE, out, "-o", tmp_path / "again", "--dtype", dtype, *config)
+    assert result.returncode == 0, result.stderr
+    assert same(read_arrays(directory)[0], read_arrays(tmp_path / "again")[0])
+    assert load_model(tmp_path / "again").config == load_model(directory).config
+
+
+def test_pytorch_opens_what_is_written_for_corenet(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in FLOATS:
+        directory = directory_of("untied", dtype, tmp_path / dtype)
+        export(directory, tmp_path / f"{dtype}.pt", "corenet")
+        state = torch.load(tmp_path / f"{dtype}.pt", weights_only=True)
+        arrays = read_arrays(directory)[0]
+        assert len(state) == len(arrays)
+        for name, array in arrays.items():
+            theirs = name.removeprefix("transformer.").replace("lm_head", "classifier")
+            assert str(state[theirs].dtype) == f"torch.{dtype}"
+            wanted = np.array(array.astype(mx.float32))
+            assert np.array_equal(state[theirs].to(torch.float32).numpy(), wanted), name
+        assert torch.load(tmp_path / f"{dtype}.pt", weights_only=True, mmap=True).keys()
+
+
+def test_its_members_are_aligned_and_sound(tmp_path: Path) -> None:
+    export(DEMO, tmp_path / "demo.pt", "corenet")
+    with zipfile.ZipFile(tmp_path / "demo.pt") as file:
+        assert file.testzip() is None
+        raw = (tmp_path / "demo.pt").read_bytes()
+        for info in file.infolist():
+            name, extra = (
+                int.from_bytes(raw[info.header_offset + at :][:2], "little") for at in (26, 28)
+            )
+            assert (info.header_offset + 30 + name + extra) % 64 == 0, info.filename
+
+
+def test_a_file_too_large_for_a_plain_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 20_000)  # of 2 GiB
+    export(DEMO, tmp_path / "demo.pt", "corenet")
+    raw = (tmp_path / "demo.pt").read_bytes()
+    assert b"PK\x06\x06" in raw[-200:]  # the end of a zip64 directory
+    demo, found = read_arrays(DEMO)[0], open_source(tmp_path / "demo.pt").tensors
+    assert same(demo, {f"transformer.{name}": tensor.read() for name, tensor in found.items()})
+    torch = pytest.importorskip("torch")
+    assert len(torch.load(tmp_path / "demo.pt", weights_only=True)) == len(demo)
+
+
+def test_a_published_geometry_has_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_openelm import config
+
+    tiny = {"num_transformer_layers": 2, "model_dim": 64, "head_dim": 16}
+    monkeypatch.setitem(config.PUBLISHED, "OpenELM-Tiny", tiny)
+    geometry = OpenELMConfig.from_name("OpenELM-Tiny", 50)
+    model = OpenELM(geometry)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", geometry, model.parameters())
+    assert export(tmp_path / "model", tmp_path / "tiny.pt", "corenet") == []
+    assert OpenELMConfig.from_corenet_yaml(tmp_path / "tiny.yaml") == geometry
+
+
+def test_hugging_faces_config_gives_the_same_heads_by_apples_formula(tmp_path: Path) -> None:
+    for i, name in enumerate(("OpenELM-270M", "OpenELM-3B")):
+        config = OpenELMConfig.from_name(name, 8)
+        tiny = replace(config, ffn_multipliers=(0.01,) * config.num_transformer_layers)
+        assert tiny.num_query_heads == config.num_query_heads
+        from mlx_openelm.convert.export.huggingface import _config
+
+        values = _config(config, {"float32"})
+        assert (values["num_gqa_groups"], values["qkv_multipliers"]) == (4, [0.5, 1.0]), i
+    export(DEMO, tmp_path / "hf", "hf")
+    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (found["num_gqa_groups"], found["torch_dtype"]) == (2, "float16")
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {
+        f.name for f in DEMO.iterdir() if f.name != "conversion.json"
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# llama.cpp
+
+
+def gguf_tensors(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    gguf = pytest.importorskip("gguf")
+    found = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = values.reshape(tuple(tensor.shape[::-1]))
+    return found
+
+
+def as_gguf(arrays: dict[str, mx.array]) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors of a model directory by llama.cpp's names, written down independently."""
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, array in arrays.items():
+        values = np.array(array.astype(mx.float32))
+        name = name.replace("transformer.layers.", "blk.").replace("attn.", "attn_")
+        name = name.replace("transformer.norm", "output_norm")
+        name = name.replace("transformer.token_embeddings", "token_embd")
+        name = name.replace("attn_out_proj", "attn_output").replace("qkv_proj", "qkv")
+        if "ffn.proj_1" in name:
+            gate, up = np.split(values, 2)
+            found[name.replace("ffn.proj_1", "ffn_gate")] = gate
+            found[name.replace("ffn.proj_1", "ffn_up")] = up
+        else:
+            found[name.replace("ffn.proj_2", "ffn_down")] = values
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "q8_0"])
+def test_the_values_in_a_gguf(tmp_path: Path, dtype: str | None) -> None:
+    export(DEMO, tmp_path / "demo.gguf", "gguf", dtype)
+    found, wanted = gguf_tensors(tmp_path / "demo.gguf"), as_gguf(read_arrays(DEMO)[0])
+    assert found.keys() == wanted.keys()
+    tolerance = {"bfloat16": 2**-8, "q8_0": 1 / 127}.get(dtype or "", 0.0)
+    for name, values in wanted.items():
+        exact = tolerance == 0 or values.ndim == 1
+        largest = np.abs(values).max()
+        assert np.abs(found[name] - values).max() <= (0 if exact else tolerance * largest), name
+
+
+@pytest.mark.parametrize("group", ["32", "64", "128"])
+def test_four_bits_are_q4_1_exactly(run: Run, tmp_path: Path, group: str) -> None:
+    options = ("-q", "--group-size", group, "--dtype", "float16")
+    if group == "128":  # doesn't divide the demo's 192 columns, some matrices stay float16
+        options = (*options, "--recipe", tmp_path / "recipe.json")
+        (tmp_path / "recipe.json").write_text("{}")
+    result = run(MODULE, DEMO, "-o", tmp_path / "four", *options)
+    assert result.returncode == 0, result.stderr
+    export(tmp_path / "four", tmp_path / "four.gguf", "gguf")
+    found = gguf_tensors(tmp_path / "four.gguf")
+    arrays, wanted = read_arrays(tmp_path / "four")[0], {}
+    for name, array in arrays.items():
+        module, _, part = name.rpartition(".")
+        if f"{module}.scales" not in arrays:
+            wanted[name] = array
+        elif part == "weight":
+            scales, biases = (
+                arrays[f"{module}.{end}"].astype(mx.float32) for end in ("scales", "biases")
+            )
+            wanted[name] = mx.dequantize(array, scales, biases, int(group), 4)
+    for name, values in as_gguf(wanted).items():
+        # llama.cpp's own arithmetic may fuse the multiplication and the addition
+        assert np.abs(found[name] - values).max() <= 2**-23 * np.abs(values).max(), name
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """llama.cpp with the demo in float32, computed as it is here."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    file = tmp_path_factory.mktemp("gguf") / "demo.gguf"
+    export(DEMO, file, "gguf", "float32")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+    params.cpuparams.n_threads = 2
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Once upon a time", '"What is that?" asked the king', "  Two  spaces\n\nand lines"]
+)
+def test_llama_cpp_says_the_same(
+    llama_cpp: Any, demo: tuple[OpenELM, Tokenizer], prompt: str
+) -> None:
+    ours = generate(*demo, prompt, max_tokens=40)
+    asked = {"prompt": prompt, "n_predict": 40, "temperature": 0, "cache_prompt": False}
+    answer = llama_cpp.handle_completions(asked)
+    assert answer["choices"][0]["text"] == ours
+    assert answer["usage"]["prompt_tokens"] == len(demo[1].encode(prompt))
+
+
+def test_llama_cpp_sees_the_same_tokens(llama_cpp: Any, demo: tuple[OpenELM, Tokenizer]) -> None:
+    texts = [
+        "Once upon a time",
+        " leading",
+        "  two",
+        "a\nb\n\nc",
+        "1234 5",
+        "naïve café",
+        "日本",
+        "🦊!",
+    ]
+    for text in texts:
+        body = json.dumps({"content": text, "add_special": True}).encode()
+        request = urllib.request.Request(
+            llama_cpp.listening_address + "/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert json.load(answer)["tokens"] == demo[1].encode(text), text
+
+
+def test_rows_without_a_token_are_unused_ones(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    wide = Path(shutil.copytree(DEMO, tmp_path / "wide"))
+    arrays = dict(read_arrays(DEMO)[0])
+    name = "transformer.token_embeddings.weight"
+    arrays[name] = mx.concatenate([arrays[name], mx.zeros((3, 192), mx.float16)])
+    mx.eval(arrays)
+    save_model(wide, replace(load_model(DEMO).config, vocab_size=4099), arrays)
+    [note] = export(wide, tmp_path / "wide.gguf", "gguf")
+    assert note == "3 embedding rows have no token: marked as unused"
+    fields = gguf.GGUFReader(tmp_path / "wide.gguf").fields
+    assert fields["tokenizer.ggml.token_type"].contents()[-4:] == [1, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("untied", "has an output matrix of its own"),
+        ("no GLU", "has no gate"),
+        ("no q/k norm", "doesn't normalise queries and keys"),
+        ("scaled", "no tokenizer.model in it"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    directory = directory_of(name, "float32", tmp_path / "model")
+    with pytest.raises(InputError, match=reason):
+        export(directory, tmp_path / "out.gguf", "gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-q", "--bits", "8"], "is affine with 8 bits; GGUF's q4_1 holds affine with 4 bits"),
+        (["-q", "--mode", "mxfp4"], "is mxfp4 with 4 bits"),
+        (["-q", "--dtype", "float32"], "values that float16 doesn't have"),
+        ([], "isn't quantized; q4_1 is for models of 4 bits"),
+    ],
+)
+def test_what_q4_1_cannot_hold(run: Run, tmp_path: Path, options: list[str], reason: str) -> None:
+    run(MODULE, DEMO, "-o", tmp_path / "q", *options)
+    arguments = ("export", tmp_path / "q", "-o", tmp_path / "q.gguf", "--format", "gguf")
+    result = run(MODULE, *arguments, "--dtype", "q4_1")
+    assert result.returncode == 2
+    assert reason in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "q.gguf").exists()
+    if options:  # but dequantized it goes
+        result = run(MODULE, *arguments, "--dtype", "float16")
+        assert result.returncode == 0, result.stderr
+
+
+def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "demo.pt"
+    out.write_text("mine")
+    arguments = ("export", DEMO, "-o", out, "--format", "corenet")
+    result = run(MODULE, *arguments)
+    assert (result.returncode, out.read_text()) == (2, "mine")
+    assert "--force replaces it" in result.stderr.splitlines()[-1]
+    assert run(MODULE, *arguments, "--force").returncode == 0
+    assert list(tmp_path.iterdir()) == [out]
+    result = run(MODULE, "export", DEMO, "-o", tmp_path, "--format", "gguf", "--force")
+    assert result.returncode == 2
+    assert "is a directory; a file is to be written" in result.stderr
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    arrays = read_arrays(DEMO)[0]
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
+    with pytest.raises(InputError, match="no config.json in it"):
+        export(tmp_path, tmp_path / "out", "hf")
+    save_config(tmp_path, load_model(DEMO).config)
+    with pytest.raises(InputError, match="hf has no dtype 'q8_0'"):
+        export(tmp_path, tmp_path / "out", "hf", "q8_0")
