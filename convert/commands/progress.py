@@ -33,7 +33,7 @@ def _lines(total: int) -> Callable[[str, int], None]:
         nonlocal told
         if total > _SILENT and done * _LINES // total > told:
             told = done * _LINES // total
-            tell(f"{told * 100 // _LINES:3d} % of {total / 1e6:,.0f} MB ({what})")
+            tell(f"{told * 100 // _LINES:3d} % of {total / 1e6:,.0f} MB ({_short(what)})")
 
     return report
 
@@ -41,22 +41,19 @@ def _lines(total: int) -> Callable[[str, int], None]:
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     columns = (
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda what, done: bar.update(task, completed=done, description=what)
+        yield lambda what, done: bar.update(task, completed=done, description=_short(what))
+
+
+def _short(tensor: str) -> str:
+    return tensor.removeprefix("transformer.").removesuffix(".weight")
