@@ -1,6 +1,6 @@
 """Process start to first token, against `mlx_lm.generate` on the same directory.
 
-    python -m mlx_openelm.benchmarks.startup [--model DIR] [--trials 10]
+    python -m mlx_openelm.benchmarks startup [--model DIR] [--trials 10]
 
 The two take turns, so that whatever else the machine does meets both. The clock runs from the
 process's creation to the first byte of generated text on its standard output.
@@ -17,7 +17,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from mlx_openelm.command import add_debug, run
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import resolve
 
@@ -56,6 +55,15 @@ def seconds_to_first_token(module: list[str], preamble: bytes, model: Path) -> f
     return seconds
 
 
+DESCRIPTION = "Process start to first token, against mlx_lm.generate on the same directory."
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    p.add_argument("--model", default="demo", metavar="DIR", help="default: the demo")
+    p.add_argument("--trials", type=int, default=10, metavar="N", help="default: 10")
+
+
 def command(args: argparse.Namespace) -> int:
     """Measure in turns and print a table."""
     if args.trials < 1:
@@ -81,16 +89,3 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("mlx-lm is not installed; to compare: pip install mlx-lm")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_openelm.benchmarks.startup")
-    parser.add_argument("--model", default="demo", metavar="DIR", help="default: the demo")
-    parser.add_argument("--trials", type=int, default=10, metavar="N", help="default: 10")
-    add_debug(parser)
-    return run(command, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

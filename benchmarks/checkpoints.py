@@ -1,0 +1,46 @@
+"""Random checkpoints of the published shapes: speed doesn't depend on the values."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.convert.checkpoint import Checkpoint
+from mlx_openelm.convert.export.corenet import write_corenet
+from mlx_openelm.convert.export.huggingface import write_huggingface
+from mlx_openelm.convert.sources import LazyTensor, Source
+from mlx_openelm.shapes import tensor_shapes
+
+_VALUES = 1 << 21  # random numbers that are made; they repeat
+
+
+def random_checkpoint(config: OpenELMConfig) -> Checkpoint:
+    """A network's tensors in float32: normal with deviation 0.02, and norms of 1."""
+    values = mx.random.normal((_VALUES,), scale=0.02, key=mx.random.key(0))
+    tensors = {
+        name: LazyTensor(name, shape, "float32", partial(_rows, values, shape))
+        for name, shape in tensor_shapes(config).items()
+    }
+    return Checkpoint(Source("random", Path("random"), tensors), tensors, config, [])
+
+
+def _rows(values: mx.array, shape: tuple[int, ...], start: int, stop: int) -> mx.array:
+    part = (stop - start, *shape[1:])
+    if len(shape) == 1:
+        return mx.ones(part)
+    count = math.prod(part)
+    return mx.tile(values, -(-count // values.size))[:count].reshape(part)
+
+
+def write_pt(config: OpenELMConfig, out: Path) -> None:
+    """A float32 state dict as CoreNet saves it, and its YAML beside it."""
+    write_corenet(random_checkpoint(config), out, "float32", True)
+
+
+def write_sharded(config: OpenELMConfig, out: Path) -> None:
+    """A bfloat16 directory as Hugging Face has them, in shards of 1 GiB."""
+    write_huggingface(random_checkpoint(config), out, "bfloat16", True)
