@@ -1,0 +1,112 @@
+"""Runs workloads on several runtimes in turns, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import OpenELMError
+
+from .peers import Workload
+
+TIME_LIMIT = 300.0  # seconds for loading, and for one trial
+
+
+class Worker:
+    """A runtime in a process of its own; see `worker`.
+
+    Attributes:
+        ready: what it said when the model was loaded: version and load_seconds.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        directory: Path,
+        environment: Mapping[str, str] | None = None,
+        time_limit: float = TIME_LIMIT,
+    ) -> None:
+        self.peer, self.time_limit = peer, time_limit
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker", peer, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.ready = self._answer()
+
+    def run(self, workload: Workload) -> dict[str, Any]:
+        """The fields of a `Measured`, and `peak_bytes`, resident.
+
+        Raises:
+            OpenELMError: when the runtime crashes, or takes longer than the time limit.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it is gone; why, its answer will say
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        timer = threading.Timer(self.time_limit, self._process.kill)
+        timer.start()
+        line = self._process.stdout.readline()
+        in_time = timer.is_alive()
+        timer.cancel()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        if not in_time:
+            raise OpenELMError(f"{self.peer}: took longer than {self.time_limit:g} s")
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        raise OpenELMError(f"{self.peer}: {said[-1] if said else 'ended without a word'}")
+
+
+@contextmanager
+def workers(peers: Mapping[str, tuple[str, Path]]) -> Iterator[dict[str, Worker]]:
+    """Start a worker for each name → (peer, directory); they end with the context."""
+    with ExitStack() as stack:
+        started = {}
+        for name, (peer, directory) in peers.items():
+            started[name] = Worker(peer, directory)
+            stack.callback(started[name].close)
+        yield started
+
+
+def in_turns(
+    contestants: Mapping[str, Worker], workload: Workload, trials: int, warmup: int = 1
+) -> dict[str, list[dict[str, Any]]]:
+    """A B A B …: `trials` measurements of each, after `warmup` rounds that don't count.
+
+    Raises:
+        OpenELMError: when one fails.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    for turn in range(-warmup, trials):
+        for name, worker in contestants.items():
+            measured = worker.run(workload)
+            if turn >= 0:
+                results[name].append(measured)
+    return results
