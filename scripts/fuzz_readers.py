@@ -1,15 +1,19 @@
-"""Flip, cut and splice bytes of valid checkpoints, and read what comes out.
+"""Flip, cut and splice bytes of valid checkpoints of every kind, and read what comes out.
 
     python scripts/fuzz_readers.py 100000 [SEED]
 
+Of a directory one file is changed. Pickles inside zip files, and JSON (of a directory, or in the
+header of a safetensors file) are also changed as such, so that what is around them stays valid.
 Every input must give tensors or an `InputError`, within 10 seconds and 1 GiB of memory. An input
-that does anything else is kept as fuzz-failure.bin, and the status is 1.
+that does anything else is kept as fuzz-failure, and the status is 1.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,16 +21,97 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mlx_openelm.convert.sources import open_source
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
+from mlx_openelm.convert.geometry import infer_config
+from mlx_openelm.convert.names import map_names
+from mlx_openelm.convert.sources import LazyTensor, open_source
+from mlx_openelm.convert.sources.peft import is_peft, open_peft
 from mlx_openelm.errors import InputError
-from tests.checkpoints import EDITS, FIXTURES, Member, mutated, raw, unzipped, zipped
+from mlx_openelm.quantization import Scheme, quantize
+from mlx_openelm.shapes import tensor_shapes
+from tests.checkpoints import EDITS, FIXTURES, Member, mutated, raw, safetensors, unzipped, zipped
 
 SECONDS, MEMORY = 10, 1 << 30
+TINY = OpenELMConfig.scaled(
+    vocab_size=12, model_dim=64, head_dim=16, num_transformer_layers=2, ffn_dim_divisor=64
+)
+VALUES = (None, True, -1, 0, 1, 7, 64, 2**31, 2**63, 1e308, float("nan"), "", "x", "\n", [], {})
+
+
+def write_kinds(parent: Path) -> list[Path]:
+    """A valid checkpoint of every kind, a file or a directory each."""
+    arrays = {
+        name: mx.random.normal(shape, key=mx.random.key(i)).astype(mx.float16)
+        for i, (name, shape) in enumerate(tensor_shapes(TINY).items())
+    }
+    config = TINY.to_dict()
+    paths = {name: parent / name for name in ("sharded", "bin", "mlx", "mxfp4", "apple")}
+    for path in paths.values():
+        path.mkdir()
+    mx.save_safetensors(str(parent / "file.safetensors"), {"a": mx.ones((2, 3)), "b": mx.zeros(4)})
+
+    halves = dict(list(arrays.items())[:9]), dict(list(arrays.items())[9:])
+    for file, half in zip("ab", halves, strict=True):
+        mx.save_safetensors(str(paths["sharded"] / f"{file}.safetensors"), half, {"format": "pt"})
+    weight_map = {n: f"{f}.safetensors" for f, half in zip("ab", halves, strict=True) for n in half}
+    write_json(paths["sharded"] / "model.safetensors.index.json", {"weight_map": weight_map})
+    shutil.copy(FIXTURES / "float32.pt", paths["bin"] / "pytorch_model.bin")
+
+    schemes = {"mlx": Scheme(32, 4), "mxfp4": Scheme(32, 4, "mxfp4"), "apple": Scheme()}
+    for name, scheme in schemes.items():
+        stored = packed(arrays, scheme, embeddings=name != "apple")
+        file = "model" if name != "apple" else "weights"
+        mx.save_safetensors(str(paths[name] / f"{file}.safetensors"), stored, {"format": "mlx"})
+    override = {"transformer.layers.0.attn.qkv_proj": schemes["mlx"].to_dict()}
+    configs = {
+        "sharded": config,
+        "bin": infer(base()).to_dict(),
+        "mlx": {**config, "quantization": {**schemes["mlx"].to_dict(), **override}},
+        "mxfp4": {**config, "quantization": schemes["mxfp4"].to_dict()},
+        "apple": {
+            "model_name": "OpenELM-270M",
+            "vocab_size": 12,
+            "max_context_length": 64,
+            "quantization": {"group_size": 64, "bits": 4},
+        },
+    }
+    for name, values in configs.items():
+        write_json(paths[name] / "config.json", values)
+    fixtures = ("layouts.pt", "float16.pt", "training_checkpoint_last.pt")
+    adapters = ("lora.pt", "dora.pt", "peft_lora", "peft_dora")
+    return [
+        *(FIXTURES / name for name in (*fixtures, *adapters)),
+        parent / "file.safetensors",
+        *paths.values(),
+    ]
+
+
+def packed(arrays: dict[str, mx.array], scheme: Scheme, embeddings: bool) -> dict[str, mx.array]:
+    """The arrays as MLX stores them; without `embeddings`, as Apple's example names them."""
+    stored: dict[str, mx.array] = {}
+    for name, array in arrays.items():
+        module = name.removesuffix(".weight").removeprefix("" if embeddings else "transformer.")
+        if array.ndim == 2 and (embeddings or module != "token_embeddings"):
+            stored |= {f"{module}.{part}": a for part, a in quantize(array, scheme).arrays()}
+        else:
+            stored[f"{module}.weight"] = array
+    return stored
+
+
+def write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values))
+
+
+def base() -> dict[str, LazyTensor]:
+    """The base of the adapters among the fixtures."""
+    return map_names(open_source(FIXTURES / "float32.pt").tensors)[0]
 
 
 def with_pickle(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
@@ -37,14 +122,98 @@ def with_pickle(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
     return zipped([Member(name, member) for name, member in members.items()])
 
 
+def with_json(data: bytes, chance: random.Random) -> bytes:
+    """JSON, or a safetensors file, with some of its values or keys replaced."""
+    bare = data.startswith((b"{", b"["))
+    length = len(data) if bare else 8 + int.from_bytes(data[:8], "little")
+    document = json.loads(data[0 if bare else 8 : length])
+    for _ in range(chance.randint(1, 3)):
+        change_json(document, chance)
+    return json.dumps(document).encode() if bare else safetensors(document, data[length:])
+
+
+def change_json(node: Any, chance: random.Random) -> None:
+    """Replace, rename or remove something somewhere below `node`."""
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    if not keys:
+        return
+    key = chance.choice(keys)
+    if isinstance(node[key], (dict, list)) and node[key] and chance.random() < 0.7:
+        change_json(node[key], chance)
+        return
+    how = chance.choice(("replace", "copy", "nudge", "rename", "remove"))
+    if how == "replace":
+        node[key] = chance.choice(VALUES)
+    elif how == "copy":
+        node[key] = node[chance.choice(keys)]
+    elif how == "nudge" and isinstance(node[key], (int, float)):
+        node[key] = chance.choice((node[key] + 1, node[key] - 1, node[key] * 2, node[key] // 2))
+    elif how == "rename" and isinstance(node, dict):
+        node[chance.choice((f"{key}\n", str(key)[:-1], "x", chance.choice(keys)))] = node.pop(key)
+    else:
+        del node[key]
+
+
+def changed(data: bytes, name: str, chance: random.Random) -> tuple[str, bytes]:
+    """How a file was changed, in a word, and its bytes."""
+    edits = [
+        (chance.choice(EDITS), *(chance.randrange(n) for n in (1 << 20, 65, 1 << 20)))
+        for _ in range(chance.randint(1, 4))
+    ]
+    inside = chance.random() < 0.6
+    if inside and data.startswith(b"PK"):
+        return "pickle", with_pickle(data, lambda pickle: mutated(pickle, edits))
+    if inside and name.endswith((".json", ".safetensors")):
+        return "JSON", with_json(data, chance)
+    return "bytes", mutated(data, edits)
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes, of an adapter those of the merged model."""
+    if is_peft(path):
+        adapter = open_peft(path)
+        plain, adapters = split(adapter.tensors)
+        weights = base() | map_names(plain)[0]
+        tensors, _, _ = merge(weights, adapters, adapter.scale, infer(weights))
+    else:
+        tensors, adapters = split(open_source(path).tensors)
+        if adapters:
+            weights = map_names(tensors)[0]
+            tensors, _, _ = merge(weights, adapters, alpha_over_rank(3), infer(weights))
+    found = {name: raw(lazy.read()) for name, lazy in tensors.items()}
+    assert sum(map(len, found.values())) <= 100 * (size(path) + size(FIXTURES / "float32.pt"))
+    return found
+
+
+def infer(tensors: dict[str, LazyTensor]) -> OpenELMConfig:
+    """The geometry of these tensors."""
+    return infer_config({name: tensor.shape for name, tensor in tensors.items()})
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all in a directory."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def outcome(path: Path, tensors: dict[str, bytes]) -> str:
-    """What a mutated file gives: the tensors of the valid one, other ones, or a refusal."""
+    """What a changed checkpoint gives: the tensors of the valid one, other ones, or a refusal."""
     try:
-        found = {name: raw(lazy.read()) for name, lazy in open_source(path).tensors.items()}
+        found = read(path)
     except InputError as error:
-        return "refused" if "\n" not in str(error) else "refused in more than one line"
-    assert sum(map(len, found.values())) <= 100 * path.stat().st_size
+        check(error)
+        return "refused"
+    try:
+        if not is_peft(path):
+            infer(map_names(split(open_source(path).tensors)[0])[0])
+    except InputError as error:
+        check(error)
     return "the same" if found == tensors else "other tensors"
+
+
+def check(error: InputError) -> None:
+    """A refusal is one short line."""
+    assert "\n" not in str(error) and len(str(error)) <= 2000, error
 
 
 def limit_memory() -> None:
@@ -58,45 +227,44 @@ def limit_memory() -> None:
 def main(count: int, seed: int) -> int:
     """Try `count` inputs; returns the exit status."""
     chance = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    slowest, which = 0.0, ""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "input"
-        mx.save_safetensors(f"{path}.safetensors", {"a": mx.ones((2, 3)), "b": mx.zeros(4)})
-        names = ("layouts.pt", "float16.pt", "training_checkpoint_last.pt")
-        valid = [*(FIXTURES / name for name in names), Path(f"{path}.safetensors")]
-        tensors = {}
-        for file in valid:
-            tensors[file] = {n: raw(t.read()) for n, t in open_source(file).tensors.items()}
-        contents = {file: file.read_bytes() for file in valid}
+        kinds = write_kinds(Path(directory))
+        tensors = {kind: read(kind) for kind in kinds}
+        files = {kind: sorted(kind.iterdir()) if kind.is_dir() else [kind] for kind in kinds}
+        contents = {file: file.read_bytes() for group in files.values() for file in group}
         limit_memory()
-        outcomes: Counter[str] = Counter()
-        slowest = 0.0
         for _ in range(count):
-            file = chance.choice(valid)
-            edits = [
-                (chance.choice(EDITS), *(chance.randrange(n) for n in (1 << 20, 65, 1 << 20)))
-                for _ in range(chance.randint(1, 4))
-            ]
-            kind = file.name
-            if file.suffix == ".pt" and chance.random() < 0.6:
-                kind += ", pickle"
-                data = with_pickle(contents[file], lambda pickle: mutated(pickle, edits))  # noqa: B023
+            kind = chance.choice(kinds)
+            file = chance.choice(files[kind])
+            how, data = changed(contents[file], file.name, chance)
+            path = Path(directory) / "input"
+            if kind.is_dir():
+                path.mkdir(exist_ok=True)
+                for other in files[kind]:
+                    (path / other.name).write_bytes(data if other == file else contents[other])
             else:
-                data = mutated(contents[file], edits)
-            path.write_bytes(data)
+                path.write_bytes(data)
+            what = f"{kind.name}, {how}"
             start = time.perf_counter()
             signal.alarm(SECONDS)
             try:
-                outcomes[f"{kind}: {outcome(path, tensors[file])}"] += 1
+                outcomes[f"{what}: {outcome(path, tensors[kind])}"] += 1
             except BaseException:
-                Path("fuzz-failure.bin").write_bytes(data)
-                print(f"fuzz-failure.bin, made from {kind}, breaks the reader", file=sys.stderr)
+                shutil.rmtree("fuzz-failure", ignore_errors=True)
+                shutil.move(path, "fuzz-failure")
+                print(f"fuzz-failure, made from {what} of {file.name}, breaks", file=sys.stderr)
                 raise
             finally:
                 signal.alarm(0)
-            slowest = max(slowest, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            if seconds > slowest:
+                slowest, which = seconds, what
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for what, times in sorted(outcomes.items()):
         print(f"{times:8} {what}")
-    print(f"{count} inputs, seed {seed}, the slowest took {slowest:.2f} s")
+    print(f"{count} inputs, seed {seed}, the slowest took {slowest:.2f} s ({which})")
     return 0
 
 
