@@ -48,6 +48,7 @@ OTHER_KINDS: dict[str, str] = {
     ".scales": "it is quantized; name the directory that has its config.json too",
 }
 _INDEX = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,3})(?=\.)")
+_WRAPPED = re.compile(f"^(?:{'|'.join(map(re.escape, WRAPPERS))})*")
 _SHOWN = 8  # unknown names in an error message
 
 
@@ -72,7 +73,7 @@ def map_names(tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
         if canonical:
             mapped[canonical], origin[canonical] = tensor, name
         elif reason:
-            notes.append(f"{name} is left out: {reason}")
+            notes.append(f"{shown(name)} is left out: {reason}")
         else:
             unknown.append(name)
     if unknown:
@@ -86,8 +87,7 @@ def map_names(tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
 
 def canonical_name(name: str) -> str | None:
     """The name that a model directory has for a tensor; None when no layout knows it."""
-    while wrapper := next((w for w in WRAPPERS if name.startswith(w)), None):
-        name = name.removeprefix(wrapper)
+    name = _WRAPPED.sub("", name, count=1)
     found = _INDEX.search(name)
     index = found.group() if found else ""
     template = _INDEX.sub("{i}", name)
