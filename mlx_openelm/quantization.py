@@ -32,11 +32,11 @@ class Scheme:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         for name, allowed in zip(("group_size", "bits"), MODES[self.mode], strict=True):
             value = getattr(self, name)
-            if value not in allowed:
+            if type(value) is not int or value not in allowed:
                 choice = ", ".join(map(str, allowed))
                 raise InputError(f"{name} of mode {self.mode} must be {choice}, not {value!r}")
 
@@ -71,7 +71,7 @@ class Quantization:
         exceptions: dict[str, Scheme | None] = {}
         for name, value in values.items():
             if isinstance(value, Mapping):
-                exceptions[name] = _scheme(value, f"{where}: quantization of {name}")
+                exceptions[name] = _scheme(value, f"{where}: quantization of {name!r}")
             elif value is False:
                 exceptions[name] = None
         return cls(_scheme(values, f"{where}: quantization"), exceptions)

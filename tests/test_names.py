@@ -54,7 +54,7 @@ def test_what_is_computed_is_left_out_with_a_reason(name: str) -> None:
     mapped, notes = map_names({"norm.weight": 1, name: 2})
     assert mapped == {"transformer.norm.weight": 1}
     assert len(notes) == 1
-    assert notes[0].startswith(f"{name} is left out: computed")
+    assert notes[0].startswith(f"{name!r} is left out: computed")
 
 
 @pytest.mark.parametrize(
