@@ -178,7 +178,9 @@ def test_parts_that_do_not_fit(
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("quantization", [None, 4, "four", {"bits": 7}, {"mode": {}}, {"bits": 4.0}, [4]])
+@pytest.mark.parametrize(
+    "quantization", [None, 4, "four", {"bits": 7}, {"mode": {}}, {"bits": 4.0}, [4]]
+)
 def test_a_config_that_does_not_say_how(
     quantized: Callable[..., Path], quantization: object
 ) -> None:
