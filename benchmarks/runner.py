@@ -14,10 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import blas
 from mlx_openelm.errors import OpenELMError
 
 from .peers import Workload
 
+# A peer runs as its users run it: this package, which a worker imports, changes nothing for it
+_AS_INSTALLED = {"mlx-lm": {blas.VARIABLE: "0"}}
 TIME_LIMIT = 300.0  # seconds for loading, and for one trial
 
 
@@ -43,7 +46,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **_AS_INSTALLED.get(peer, {}), **(environment or {})},
         )
         self.ready = self._answer()
 

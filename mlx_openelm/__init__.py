@@ -5,6 +5,10 @@ model, tokenizer = load("demo")
 print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 """
 
+from . import blas
+
+blas.load()  # before MLX is loaded
+
 try:
     import mlx.core as _mx  # noqa: F401
 except ImportError as error:

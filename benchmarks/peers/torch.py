@@ -37,7 +37,8 @@ def load(directory: Path) -> Run:
         values = torch.from_numpy(np.array(tensor.read().astype(_float32())))
         weights[name] = values.to(device, torch.float16 if device == "mps" else torch.float32)
 
-    @torch.inference_mode()
+    torch.set_grad_enabled(False)
+
     def run(workload: Workload) -> Measured:
         [prompt] = workload.prompts
         start = time.perf_counter()
