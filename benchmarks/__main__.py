@@ -11,6 +11,7 @@ from mlx_openelm.command import add_debug, run
 
 # Command -> its module, and what it measures
 COMMANDS = {
+    "run": ("run", "workloads on a model, against its peers"),
     "startup": ("startup", "process start to first token, against mlx_lm.generate"),
     "convert": ("conversion", "converting a checkpoint, against PyTorch"),
 }
