@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__
+from mlx_openelm import __version__, jit
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
 
@@ -23,6 +23,7 @@ def version() -> str:
 
 def load(directory: Path) -> Run:
     """One sequence at a time."""
+    jit.build()  # what a first run on a machine makes in the background
     model = load_model(directory)
 
     def run(workload: Workload) -> Measured:
