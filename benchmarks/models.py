@@ -22,6 +22,7 @@ from mlx_openelm.quantization import MODES, Quantization
 from mlx_openelm.shapes import tensor_shapes
 
 from .checkpoints import random_checkpoint
+from .peers import OURS
 from .results import Model
 
 VOCAB_SIZE = 32000  # of the published models
@@ -115,7 +116,7 @@ def check_memory(targets: Sequence[Target], peers: Sequence[str], memory: int | 
         InputError: with the sizes.
     """
     for one in targets:
-        needed = sum(held_bytes(one.model, peer) for peer in peers)
+        needed = sum(held_bytes(one, peer) for peer in peers)
         if memory is not None and needed > SHARE_OF_MEMORY * memory:
             raise InputError(
                 f"{one.model.name}: {needed / 1e9:.1f} GB for {' and '.join(peers)}, which stay "
@@ -124,14 +125,16 @@ def check_memory(targets: Sequence[Target], peers: Sequence[str], memory: int | 
             )
 
 
-def held_bytes(model: Model, peer: str) -> int:
+def held_bytes(one: Target, peer: str) -> int:
     """Bytes that a runtime holds of a model's weights, roughly."""
-    quantized = model.stored not in DTYPES
+    model, policy = one.model, device.policy()
     if peer == "torch":
         return 4 * model.parameters
-    if peer == "mlx-openelm" and not quantized:
-        return device.compute_dtype(getattr(mx, model.stored)).size * model.parameters
-    return model.bytes
+    if peer != OURS:
+        return model.bytes
+    if model.stored in DTYPES:
+        return (policy.dtype or getattr(mx, model.stored)).size * model.parameters
+    return 4 * model.parameters if policy.dequantize(one.config) else model.bytes
 
 
 def cache_directory() -> Path:

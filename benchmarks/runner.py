@@ -97,6 +97,8 @@ class Worker:
         timer.cancel()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise OpenELMError(f"{self.peer}: {answer['error']}")
             return answer
         if not in_time:
             raise OpenELMError(f"{self.peer}: took longer than {time_limit:.4g} s")

@@ -20,7 +20,7 @@ from .fitting import Speeds, fit
 from .models import Target, model_directory
 from .peers import OURS, PEERS, Workload, is_installed
 from .progress import Begin
-from .results import Calibration, Graph, Machine, Measurement, Results, Trial, Work
+from .results import UNKNOWN, Calibration, Graph, Machine, Measurement, Results, Trial, Work
 from .runner import TIME_LIMIT, Worker
 from .startup import COMMANDS, seconds_to_first_token
 from .workloads import Plan, Task, read_off, tasks
@@ -120,7 +120,7 @@ def conditions(found: Machine, taken: Sequence[Calibration]) -> list[str]:
                 f"the machine was noisy: its bandwidth went from {min(values) / 1e9:.1f} to "
                 f"{max(values) / 1e9:.1f} GB/s between the trials"
             )
-    if found.thermal_pressure not in ("none", machine.UNKNOWN):
+    if found.thermal_pressure not in ("none", UNKNOWN):
         notes.append(f"the machine was throttled: thermal pressure {found.thermal_pressure}")
     if found.power_source == "battery":
         notes.append("the machine ran on battery")
@@ -158,8 +158,8 @@ def measure_model(
     name = target.model.name
     planned, notes = tasks(plan, target.config, tokenizer)
     for task in (t for t in planned if t.workload is None):
-        contestants = {p: directory for p in peers if task.fits(p)}
-        _in_new_processes(session, target, task, contestants, plan.trials, begin)
+        able = [peer for peer in peers if task.fits(peer)]
+        _in_new_processes(session, target, task, able, directory, plan.trials, begin)
     with ExitStack() as stack:
         started: dict[str, Worker] = {}
         for peer in peers:
@@ -253,7 +253,8 @@ def _in_new_processes(
     session: Session,
     target: Target,
     task: Task,
-    contestants: Mapping[str, Path],
+    contestants: Sequence[str],
+    directory: Path,
     trials: int,
     begin: Begin,
 ) -> None:
@@ -267,7 +268,7 @@ def _in_new_processes(
         for peer, row in rows.items():
             if row.error is None and session.left() > 0:
                 try:
-                    trial = _process(peer, contestants[peer], work, turn)
+                    trial = _process(peer, directory, work, turn)
                     if turn >= 0:
                         row.trials.append(replace(trial, calibration=now))
                 except OpenELMError as error:

@@ -11,6 +11,7 @@ import re
 import resource
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +45,12 @@ def main(peer: str, directory: Path) -> None:
     }
     answers.write(json.dumps(ready) + "\n")
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(runtime, json.loads(line))) + "\n")
+        try:
+            answer = _answer(runtime, json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
 
 
 def _answer(runtime: Runtime, asked: dict[str, object]) -> dict[str, object]:

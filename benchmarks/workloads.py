@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -214,4 +215,4 @@ def series(times: Sequence[float]) -> list[float]:
     if len(times) <= SERIES:
         return []
     ends = [round(i * (len(times) - 1) / SERIES) for i in range(SERIES + 1)]
-    return [(b - a) / (times[b] - times[a]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(b - a) / (times[b] - times[a]) for a, b in pairwise(ends)]

@@ -79,7 +79,7 @@ def prefill(
         done += count
         if done == total:
             return logits[:, 0]
-        mx.eval(cache.keys, cache.values)
+        mx.eval(cache.buffers)
         mx.clear_cache()
         if progress:
             progress(done, total)

@@ -28,7 +28,7 @@ def test_buffers_double_up_to_the_context() -> None:
     capacities = []
     for _ in range(CONFIG.max_context_length):
         model(mx.array([[1]]), cache)
-        mx.eval(cache.keys, cache.values)
+        mx.eval(cache.buffers)
         capacities.append(cache.capacity)
     assert sorted(set(capacities)) == [FIRST_CAPACITY, 2 * FIRST_CAPACITY, 600]
     per_position = 4 * sum(2 * k * CONFIG.head_dim for k in CONFIG.num_kv_heads)
@@ -43,12 +43,12 @@ def test_a_token_is_written_in_place() -> None:
     model = random_model(config)
     cache = model.make_cache()
     cache.reserve(1, 1 << 15)
-    mx.eval(cache.keys, cache.values)
+    mx.eval(cache.buffers)
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(20):
-        mx.eval(model(mx.array([[1]]), cache), cache.keys, cache.values)
-    largest_buffer = max(k.nbytes for k in cache.keys)
+        mx.eval(model(mx.array([[1]]), cache), cache.buffers)
+    largest_buffer = max(array.nbytes for (array,) in cache.buffers)
     assert mx.get_peak_memory() - held < largest_buffer
 
 
@@ -78,7 +78,7 @@ def sliding_logits(max_size: int, steps: list[int], tokens: mx.array) -> mx.arra
             return mx.concatenate(parts, axis=1)
         count = cache.longest_step(min(wanted, tokens.shape[1] - done))
         parts.append(model(tokens[:, done : done + count], cache))
-        mx.eval(parts[-1], cache.keys, cache.values)
+        mx.eval(parts[-1], cache.buffers)
         done += count
     raise AssertionError
 
@@ -103,7 +103,7 @@ def test_a_sliding_context_has_no_end() -> None:
     cache = model.make_cache(8)
     for _ in range(CONFIG.max_context_length + 100):
         logits = model(mx.array([[3]]), cache)
-        mx.eval(logits, cache.keys, cache.values)
+        mx.eval(logits, cache.buffers)
     assert cache.offset == 700
     assert cache.capacity == 8 + SLIDING_STEP - 1
     assert np.isfinite(np.array(logits)).all()

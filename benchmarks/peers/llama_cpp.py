@@ -61,7 +61,7 @@ def _server(file: Path, context: int) -> Runtime:
 
     params = llama.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.warmup = context, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = context + 1, 1, False
     params.cpuparams.n_threads = _cores()
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from .. import __version__, device, make_logits_processors, make_sampler
+from .. import __version__, make_logits_processors, make_sampler
 from ..checkpoint import load
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
@@ -131,7 +131,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print()
     if args.verbose and responses:
-        tell(device.describe())
+        tell(str(model.policy))
         tell(f"Loaded in {loaded - start:.3f} s, first token after {first - loaded:.3f} s more")
         tell(summary(responses[-1]))
     return INTERRUPTED if interrupted else 0
