@@ -13,6 +13,8 @@ from mlx_openelm.command import add_debug, run
 COMMANDS = {
     "startup": ("startup", "process start to first token, against mlx_lm.generate"),
     "convert": ("conversion", "converting a checkpoint, against PyTorch"),
+    "report": ("report", "one report over several machines or runs"),
+    "compare": ("compare", "what got faster or slower between two runs"),
 }
 
 
