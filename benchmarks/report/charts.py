@@ -6,7 +6,7 @@ Two kinds: quantities by category (`Bars`), and quantities over a quantity (`Pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from ..results import Results
@@ -125,13 +125,13 @@ def figures(results: Results) -> list[Figure]:
     found = rows(results)
     makers: tuple[Callable[[list[Row], Results], Figure], ...] = (
         generation,
+        memory,
+        ratios,
         prompts,
         contexts,
-        ratios,
         roofline,
-        memory,
-        drift,
         waiting,
+        drift,
     )
     return [figure for make in makers if (figure := make(found, results)).charts]
 
@@ -371,17 +371,17 @@ def _placed(limited: Iterable[Row], runtime: str) -> Iterator[Point]:
 
 
 def runs(results: Sequence[Results]) -> Figure:
-    """This project's generation and prompt processing by model and work, a series a run."""
-    says = f"{OURS} on each machine or run, where the same was measured in more than one."
-    groups: dict[str, list[Mark]] = {}
+    """What this project does in each run at the same work, a series a run."""
+    says = f"{OURS} in each run, where more than one measured the same. Further right is faster."
+    models: dict[str, dict[str, list[Mark]]] = {}
     for i, result in enumerate(results, 1):
-        name = f"run {i}"
         for row in rows(result):
-            if row.ours and row.speed and row.unit == "tokens/s" and not row.wrong:
-                label = f"{model_label(row.model)}: {work_label(row.work)}"
-                mark = _speed(row)
-                groups.setdefault(label, []).append(
-                    Mark(name, mark.value, mark.low, mark.high, mark.label, mark.words)
-                )
-    shared = [(label, marks) for label, marks in groups.items() if len(marks) > 1]
-    return _bars("Run by run", says, "tokens per second", shared)
+            if row.ours and row.speed and row.unit == "tokens/s":
+                works = models.setdefault(model_label(row.model), {})
+                mark = replace(_speed(row), series=f"run {i}")
+                works.setdefault(work_label(row.work), []).append(mark)
+    charts: list[Chart] = []
+    for label, works in models.items():
+        shared = [(work, marks) for work, marks in works.items() if len(marks) > 1]
+        charts += _bars(label, says, "tokens per second", shared).charts
+    return Figure("Run by run", says, charts)

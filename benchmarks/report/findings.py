@@ -169,21 +169,29 @@ def numbered(found: Iterable[Row]) -> dict[str, int]:
 # Sentences
 
 
-def headlines(found: Iterable[Row]) -> list[str]:
+class Headline(NamedTuple):
+    """What was measured, and what came of it."""
+
+    what: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.says}"
+
+
+def headlines(found: Iterable[Row]) -> list[Headline]:
     """For every model, what its generation and prompt processing come to."""
-    return [line for group in by_model(found).values() for line in _headline(group)]
+    return [line for group in by_model(found).values() for line in _headlines(group)]
 
 
-def _headline(group: list[Row]) -> Iterator[str]:
-    verbs = {"decode": "generates", "prefill": "reads a prompt at"}
-    for kind, verb in verbs.items():
-        ours = [r for r in group if r.ours and r.work.kind == kind and r.speed and not r.wrong]
+def _headlines(group: list[Row]) -> Iterator[Headline]:
+    # Generation is told at its shortest context, prompt processing at its longest prompt.
+    for kind, which in (("decode", min), ("prefill", max)):
+        ours = [row for row in group if row.ours and row.work.kind == kind and row.speed]
         if not ours:
             continue
-        # Generation is told at its shortest context, prompt processing at its longest prompt.
-        row = min(ours, key=lambda r: r.work.prompt_tokens * (1 if kind == "decode" else -1))
-        assert row.speed is not None
-        peers = [r for r in group if r.work == row.work and r.ratio and not r.wrong]
+        row = which(ours, key=lambda r: r.work.prompt_tokens)
+        peers = [r for r in group if r.work == row.work and r.ratio]
         said = [
             f"{factor(r.ratio)} {r.runtime} ({interval(r.ratio)})"
             for r in peers
@@ -191,11 +199,13 @@ def _headline(group: list[Row]) -> Iterator[str]:
         ]
         if ties := [r.runtime for r in peers if r.ratio and r.ratio.tie]:
             said.append(f"a tie with {enumerated(ties)}")
-        limit = f" ({percent(row.fraction)} of the roofline)" if row.fraction else ""
-        against = f": {enumerated(said)}" if said else ""
-        yield (
-            f"{model_label(row.model)}, {work_label(row.work)}: {OURS} {verb} "
-            f"{number(row.speed.median)} {row.unit}{limit}{against}."
+        limit = f", {percent(row.fraction)} of the roofline" if row.fraction is not None else ""
+        against = f"; {enumerated(said)}" if said else ""
+        assert row.speed is not None
+        speed = f"{number(row.speed.median)} {row.unit}"
+        yield Headline(
+            f"{model_label(row.model)}, {work_label(row.work)}",
+            f"{OURS} {speed}{limit}{against}.",
         )
 
 

@@ -53,7 +53,7 @@ def _run(results: Results) -> Iterator[str]:
     for note in results.notes:
         yield f"- Note: {escaped(note)}"
     for line in headlines(found):
-        yield f"- {escaped(line)}"
+        yield f"- **{escaped(line.what)}**: {escaped(line.says)}"
     if not found:
         yield "Nothing was measured."
     for group in by_model(found).values():

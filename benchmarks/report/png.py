@@ -13,7 +13,8 @@ from ..results import Results
 from .charts import Bars, Figure, Plane, figures, runs
 from .html import INSTALL
 from .palette import LOOKS, slots
-from .wording import machine_label, number, short
+from .svg import tick
+from .wording import machine_label, short
 
 INK, SOFT, GRID = "#1c1d1f", "#5d6066", "#e6e6e0"
 STYLE: dict[Any, Any] = {
@@ -152,7 +153,7 @@ def _plane(chart: Plane, ax: Any, places: Mapping[str, int]) -> None:
         _logarithmic(ax.xaxis, ax.set_xscale)
         _logarithmic(ax.yaxis, ax.set_yscale)
     if chart.x_ticks:
-        ax.set_xticks(chart.x_ticks, [number(x) for x in chart.x_ticks])
+        ax.set_xticks(chart.x_ticks, [tick(x) for x in chart.x_ticks])
         ax.set_xticks([], minor=True)
     ax.set_xlabel(chart.x_axis)
     ax.set_ylabel(chart.y_axis)
@@ -164,5 +165,5 @@ def _logarithmic(axis: Any, set_scale: Any) -> None:
 
     set_scale("log")
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axis.set_minor_formatter(NullFormatter())

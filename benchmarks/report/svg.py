@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from .charts import Bars, Chart, Plane
-from .wording import number, scaled, short
+from .wording import prefixed, short
 
 WIDTH = 360
-LEFT, RIGHT = 74, 50  # room for names and for values beside bars
+LEFT, RIGHT = 84, 54  # room for names and for values beside bars
 LINE = 17  # from one mark to the next
 Scale = Callable[[float], float]
 
@@ -39,7 +39,7 @@ def marker(slot: int) -> str:
 
 
 def _bars(chart: Bars, slots: Mapping[str, int]) -> Element:
-    height = 4 + sum(LINE + 5 + LINE * len(marks) for _, marks in chart.groups) + 44
+    height = 4 + sum(LINE + 8 + LINE * len(marks) for _, marks in chart.groups) + 44
     bottom = height - 40
     svg = _svg(chart.title, height)
     marks = [mark for _, some in chart.groups for mark in some]
@@ -52,13 +52,13 @@ def _bars(chart: Bars, slots: Mapping[str, int]) -> Element:
         low, high = 0.0, max(ends)
     at = scale(low, high, LEFT, WIDTH - RIGHT, chart.dots)
     values = ticks(low, high, chart.dots)
-    _x_axis(svg, chart.axis, [(at(v), number(v)) for v in values], 4, bottom, LEFT, WIDTH - RIGHT)
+    _x_axis(svg, chart.axis, [(at(v), tick(v)) for v in values], 4, bottom, LEFT, WIDTH - RIGHT)
     if chart.one:
         _line(svg, at(1), 4, at(1), bottom, "one")
     y = 4.0
     for name, some in chart.groups:
         y += LINE
-        _text(svg, 0, y - 3, short(name, 62), "group")
+        _text(svg, 0, y - 4, short(name, 62), "group")
         for mark in some:
             group = _mark(svg, f"{mark.series}: {mark.words}", slots[mark.series], mark.hollow)
             middle, x = y + LINE / 2, at(mark.value)
@@ -72,12 +72,12 @@ def _bars(chart: Bars, slots: Mapping[str, int]) -> Element:
                 _shape(group, x, middle, slots[mark.series])
             _text(group, WIDTH, middle + 3.5, mark.label, "value", "end")
             y += LINE
-        y += 5
+        y += 8
     return svg
 
 
 def _plane(chart: Plane, slots: Mapping[str, int]) -> Element:
-    top, bottom, left, right, height = 18, 222, 50, WIDTH - 12, 262
+    top, bottom, left, right, height = 22, 226, 50, WIDTH - 12, 266
     svg = _svg(chart.title, height)
     points = [point for _, some in chart.points for point in some]
     corners = [corner for _, some in chart.roofs for corner in some]
@@ -86,18 +86,17 @@ def _plane(chart: Plane, slots: Mapping[str, int]) -> Element:
     if chart.linear:
         y_low, y_high, x_low, x_high = 0.0, 1.05 * max(ys), min(xs) - 0.5, max(xs) + 0.5
     else:
-        y_low, y_high = min(ys) / 1.25, max(ys) * 1.25
+        y_low, y_high = min(ys) / 1.25, max(ys) * (1.7 if corners else 1.25)
         room = 1.0 if corners else 1.25
         x_low, x_high = min(xs) / room, max(xs) * room
     at_x = scale(x_low, x_high, left, right, not chart.linear)
     at_y = scale(y_low, y_high, bottom, top, not chart.linear)
-    said = [(at_x(x), number(x)) for x in chart.x_ticks or ticks(x_low, x_high, not chart.linear)]
+    said = [(at_x(x), tick(x)) for x in chart.x_ticks or ticks(x_low, x_high, not chart.linear)]
     _x_axis(svg, chart.x_axis, _apart(said), top, bottom, left, right)
     for value in ticks(y_low, y_high, not chart.linear):
         _line(svg, left, at_y(value), right, at_y(value), "grid")
-        label = scaled(value, "").strip() if y_high >= 1e6 else number(value)
-        _text(svg, left - 6, at_y(value) + 3.5, label, "tick", "end")
-    _text(svg, 0, 9, chart.y_axis, "axis")
+        _text(svg, left - 6, at_y(value) + 3.5, tick(value), "tick", "end")
+    _text(svg, 0, 12, chart.y_axis, "axis")
     for name, some in chart.roofs:
         path = " ".join(f"{_f(at_x(x))},{_f(at_y(y))}" for x, y in some)
         SubElement(svg, "polyline", {"points": path, "class": "roof"})
@@ -139,6 +138,12 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
         if len(found) >= 3:
             break
     return found[:: math.ceil(len(found) / 7)] if found else [low]
+
+
+def tick(value: float) -> str:
+    """A round value without digits that say nothing: 32, 0.5, 1,024, 100 G."""
+    by, prefix = prefixed(value) if value >= 1e6 else (1, "")
+    return f"{value / by:,.10g} {prefix}".strip()
 
 
 def _apart(said: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:

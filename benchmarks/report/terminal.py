@@ -70,7 +70,7 @@ def table(results: Results, console: Console) -> None:
     for note in results.notes:
         say(f"Note: {printable(note)}", "yellow")
     for line in headlines(found):
-        say(line)
+        say(str(line))
 
 
 def _table(group: Sequence[Row], remarks: dict[str, int]) -> Table:

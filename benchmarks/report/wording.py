@@ -12,14 +12,14 @@ OURS = "mlx-openelm"
 RANDOM_TOKENS = "random tokens"
 SOME = 60  # characters of a name that a chart or a table has room for
 
-# Kind of work -> what a row of it is called, and the heading over several
+# Kind of work -> what a row of it is called, and the heading over several. {made} is "64 after 128"
 KINDS = {
-    "prefill": ("prompt", "Prompt processing"),
-    "decode": ("generate", "Generation"),
-    "batch": ("generate", "Several sequences at once"),
-    "long": ("long run", "A long generation"),
-    "speculative": ("with a draft", "Speculative decoding"),
-    "lookup": ("prompt lookup", "Prompt lookup"),
+    "prefill": ("prompt of {prompt}", "Prompt processing"),
+    "decode": ("generate {made}", "Generation"),
+    "batch": ("generate {made}", "Several sequences at once"),
+    "long": ("long run, {made}", "A long generation"),
+    "speculative": ("draft model, {made}", "Speculative decoding"),
+    "lookup": ("prompt lookup, {made}", "Prompt lookup"),
     "load": ("load the model", "Loading"),
     "cold": ("cold start", "Process start to first token"),
 }
@@ -103,16 +103,15 @@ def superscript(i: int) -> str:
 
 
 def work_label(work: Work) -> str:
-    """A row's name: "prompt 512", "generate 128 after 512", "generate 8 × 64 after 32"."""
-    kind = printable(KINDS.get(work.kind, (work.kind,))[0])
+    """A row's name: "prompt of 512", "generate 64 after 128", "generate 8 × 64 after 32"."""
     many = f"{work.batch} × " if work.batch > 1 else ""
-    if work.gen_tokens and work.prompt_tokens:
-        lengths = f"{many}{work.gen_tokens:,} after {work.prompt_tokens:,}"
-    elif work.gen_tokens or work.prompt_tokens:
-        lengths = f"{many}{work.gen_tokens or work.prompt_tokens:,}"
+    prompt, made = f"{many}{work.prompt_tokens:,}", f"{many}{work.gen_tokens:,}"
+    if work.prompt_tokens:
+        made += f" after {work.prompt_tokens:,}"
+    if work.kind in KINDS:
+        label = KINDS[work.kind][0].format(prompt=prompt, made=made)
     else:
-        lengths = ""
-    label = f"{kind} {lengths}".strip()
+        label = f"{short(printable(work.kind), 20)} {made}"
     return label if work.text == RANDOM_TOKENS else f"{label}, {short(printable(work.text), 30)}"
 
 
