@@ -14,6 +14,8 @@ COMMANDS = {
     "run": ("run", "workloads on a model, against its peers"),
     "startup": ("startup", "process start to first token, against mlx_lm.generate"),
     "convert": ("conversion", "converting a checkpoint, against PyTorch"),
+    "report": ("report", "one report over several machines or runs"),
+    "compare": ("compare", "what got faster or slower between two runs"),
 }
 
 
