@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -81,7 +81,9 @@ def _multiplication(dtype: str) -> Callable[[int], Callable[[], None]]:
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     activations = (mx.float32 if on_cpu else mx.float16) if dtype == "4bit" else getattr(mx, dtype)
     weight = mx.random.normal((WIDTH, WIDTH), key=mx.random.key(0)).astype(activations)
-    parts = mx.quantize(weight, 64, 4) if dtype == "4bit" else (weight,)
+    parts: Sequence[mx.array] = (
+        mx.quantize(weight, group_size=64, bits=4) if dtype == "4bit" else [weight]
+    )
     mx.eval(parts)
 
     def rows(count: int) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -43,7 +44,9 @@ def load(directory: Path) -> Runtime:
         [prompt] = workload.prompts
         options = _options(workload)
         start = time.perf_counter()
-        steps = generate_step(mx.array(prompt), model, max_tokens=workload.gen_tokens, **options)
+        steps: Iterator[tuple[Any, ...]] = generate_step(
+            mx.array(prompt), model, max_tokens=workload.gen_tokens, **options
+        )
         tokens, times, drafted = [], [], 0
         for response in steps:
             times.append(time.perf_counter() - start)
