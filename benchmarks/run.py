@@ -61,14 +61,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trials", type=int, default=defaults.trials, metavar="N", help="default: 5")
     p.add_argument(
         "--peers",
-        type=_names,
+        type=names,
         default=(),
         metavar="NAME,…",
         help=f"to compare with: {', '.join(p for p in PEERS if p != OURS)}",
     )
     p.add_argument(
         "--workloads",
-        type=_names,
+        type=names,
         default=tuple(KINDS),
         metavar="NAME,…",
         help=f"default: all, which are {', '.join(KINDS)}",
@@ -168,5 +168,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as 32,512") from None
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """What an option lists: `a,b`."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

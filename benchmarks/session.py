@@ -27,6 +27,7 @@ from .workloads import Plan, Task, read_off, tasks
 
 WARMUP_TOKENS = 16  # at most, of a run that doesn't count
 NOISY = 0.15  # interquartile range of the bandwidth over its median
+SHARE_OF_PROCESSES = 0.15  # of a short run's time, for trials that start a process
 PILOT = Workload([[1] * 32], 8)
 
 
@@ -157,9 +158,10 @@ def measure_model(
     tokenizer = _tokenizer(target, directory)
     name = target.model.name
     planned, notes = tasks(plan, target.config, tokenizer)
+    enough = float("inf") if budget is None else SHARE_OF_PROCESSES * budget
     for task in (t for t in planned if t.workload is None):
         able = [peer for peer in peers if task.fits(peer)]
-        _in_new_processes(session, target, task, able, directory, plan.trials, begin)
+        _in_new_processes(session, target, task, able, directory, plan.trials, enough, begin)
     with ExitStack() as stack:
         started: dict[str, Worker] = {}
         for peer in peers:
@@ -256,9 +258,14 @@ def _in_new_processes(
     contestants: Sequence[str],
     directory: Path,
     trials: int,
+    seconds: float,
     begin: Begin,
 ) -> None:
-    """Trials of which each is a process: loading, and the first token."""
+    """Trials of which each is a process: loading, and the first token.
+
+    After `seconds` no more of them begin, but for the first.
+    """
+    end = time.monotonic() + min(seconds, session.left())
     [work] = task.works
     rows = {peer: Row(target, peer, work) for peer in contestants}
     session.rows += rows.values()
@@ -266,7 +273,7 @@ def _in_new_processes(
     for turn in range(-1, trials):
         now = _calibrate(session, target) if turn >= 0 else None
         for peer, row in rows.items():
-            if row.error is None and session.left() > 0:
+            if row.error is None and (turn < 1 or time.monotonic() < end):
                 try:
                     trial = _process(peer, directory, work, turn)
                     if turn >= 0:

@@ -44,7 +44,8 @@ def load(directory: Path) -> Runtime:
 
     def step() -> list[mx.array]:
         logits = model(mx.array([[1]]), cache=cache)
-        return [logits, *(array for layer in cache for array in layer.state)]
+        held = (part for layer in cache for part in layer.state)
+        return [logits, *(part for part in held if isinstance(part, mx.array))]
 
     return Runtime(run, step)
 
