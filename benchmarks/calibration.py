@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "bfloat16", "4bit")
 BYTES = 256 << 20  # of the buffer whose bandwidth is taken: more than any cache holds
 WIDTH = 2048  # of the matrices
 MOST_ROWS = 4096
-FULL_SECONDS = 0.5  # for each figure
+FULL_SECONDS = 0.25  # for each figure
 SHORT_SECONDS = 0.05
 
 
