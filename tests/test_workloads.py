@@ -52,7 +52,8 @@ def test_drafted_tokens_are_measured_beside_plain_ones(
     demo: tuple[OpenELM, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours, "can", lambda option: True)
-    plan = Plan(kinds=("speculative", "lookup"), draft_model="demo-draft")
+    drafted_kinds = ("speculative", "lookup")
+    plan = Plan(kinds=drafted_kinds, prompt_tokens=(8,), draft_model="demo-draft")
     found, _ = tasks(plan, CONFIG, demo[1])
     assert kinds(found) == ["decode", "speculative", "decode", "lookup"]
     plain, drafted, _, lookup = found
