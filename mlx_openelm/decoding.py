@@ -58,14 +58,15 @@ def prefill(
     step_size: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
-    """Put `prompt` [L] into the cache, in chunks; returns the last position's logits [1, vocab].
+    """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
     `progress` is called with (tokens done, tokens in all) after each chunk.
 
     Raises:
         InputError: when the prompt doesn't fit into the context.
     """
-    total, done = prompt.size, 0
+    rows = prompt[None] if prompt.ndim == 1 else prompt
+    total, done = rows.shape[1], 0
     room = cache.room()
     if room is not None and total > room:
         raise InputError(
@@ -75,7 +76,7 @@ def prefill(
         )
     while True:
         count = cache.longest_step(min(step_size, total - done))
-        logits = model(prompt[None, done : done + count], cache, last_only=True)
+        logits = model(rows[:, done : done + count], cache, last_only=True)
         done += count
         if done == total:
             return logits[:, 0]
