@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -57,8 +59,8 @@ class _Sequence:
     text: str = ""
     finish_reason: str = ""
 
-    def add(self, token: int, eos: set[int]) -> None:
-        """Take the next token; sets `finish_reason` with the last one."""
+    def add(self, token: int, eos: set[int]) -> bool:
+        """Take the next token; returns whether it is the last."""
         self.tokens.append(token)
         ended = token in eos
         if not ended:
@@ -70,6 +72,11 @@ class _Sequence:
         if ended or self.stop.found or full:
             self.finish_reason = "stop" if ended or self.stop.found else "length"
             self.text += self.stop.finish()
+        return bool(self.finish_reason)
+
+
+def _add(group: Sequence[_Sequence], eos: set[int], i: int, token: int) -> bool:
+    return group[i].add(token, eos)
 
 
 def batch_generate(
@@ -78,23 +85,20 @@ def batch_generate(
     prompts: Sequence[Prompt],
     max_tokens: int | Sequence[int] = 128,
     *,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
     stop: Sequence[str] = (),
-    prefill_step_size: int = 512,
     completion_batch_size: int = 32,
+    **options: Any,
 ) -> BatchResponse:
     """Continue many prompts at once; greedy results are those of one prompt at a time.
 
-    Prompts of similar length are taken together, at most `completion_batch_size` of them, the
-    shorter ones padded in front. Sequences that have ended make room as soon as they are half.
+    Prompts of similar length are taken together, at most `completion_batch_size` of them.
 
     Args:
         prompts: texts, or lists of token ids.
         max_tokens: how many tokens at most, for all or for each.
-        sampler, logits_processors, stop, prefill_step_size: as in `generate_step` and
-            `stream_generate`; processors see the tokens of one sequence at a time.
+        stop: strings that end a text; they are not part of it.
         completion_batch_size: sequences in one step.
+        options: see `batch_generate_step`.
 
     Raises:
         InputError: when a prompt is empty or too long, or an argument is out of its range.
@@ -102,44 +106,38 @@ def batch_generate(
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(prompts):
         raise InputError(f"max_tokens has {len(limits)} entries for {len(prompts)} prompts")
-    for name, least in (
-        ("max_tokens", min(limits, default=1)),
-        ("batch size", completion_batch_size),
-    ):
-        if least < 1:
-            raise InputError(f"{name} must be at least 1, not {least}")
-    context, vocab_size = model.config.max_context_length, model.config.vocab_size
-    sequences = []
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        ids = encode_prompt(tokenizer, prompt, vocab_size)
-        if not 0 < ids.size <= context:
-            raise InputError(
-                f"prompt {i} has {ids.size} tokens; from 1 to the model's context of {context} "
-                "are possible"
-            )
-        limit = min(limit, context - ids.size + 1)  # the last token needs no room
-        strings = StopStrings((stop,) if isinstance(stop, str) else stop)
-        sequences.append(_Sequence(ids, limit, tokenizer.detokenizer, strings))
+    if completion_batch_size < 1:
+        raise InputError(f"completion_batch_size must be at least 1, not {completion_batch_size}")
+    sequences = [
+        _Sequence(
+            encode_prompt(tokenizer, prompt, model.config.vocab_size),
+            limit,
+            tokenizer.detokenizer,
+            StopStrings((stop,) if isinstance(stop, str) else stop),
+        )
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    for i, sequence in enumerate(sequences):
+        room = _room(model, sequence.prompt, f"prompt {i}")
+        sequence.limit = min(sequence.limit, room)
     stats = BatchStats()
     by_length = sorted(sequences, key=lambda s: s.prompt.size)
     for first in range(0, len(by_length), completion_batch_size):
         group = by_length[first : first + completion_batch_size]
         start = time.perf_counter()
-        steps = _steps(
+        steps = batch_generate_step(
+            [s.prompt for s in group],
             model,
-            group,
-            sampler or make_sampler(),
-            logits_processors,
-            prefill_step_size,
-            tokenizer.vocab_size,
+            [s.limit for s in group],
+            ends=partial(_add, group, tokenizer.eos_token_ids),
+            vocab_size=tokenizer.vocab_size,
+            **options,
         )
-        for count, (rows, tokens) in enumerate(steps):
-            if count == 0:
-                stats.prompt_time += time.perf_counter() - start
-                start = time.perf_counter()
-            for sequence, token in zip(rows, tokens, strict=True):
-                if not sequence.finish_reason:
-                    sequence.add(token, tokenizer.eos_token_ids)
+        next(steps)
+        stats.prompt_time += time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in steps:
+            pass
         stats.generation_time += time.perf_counter() - start
     stats.prompt_tokens = sum(s.prompt.size for s in sequences)
     stats.generation_tokens = sum(len(s.tokens) for s in sequences)
@@ -155,26 +153,48 @@ def batch_generate(
     )
 
 
-def _steps(
+def batch_generate_step(
+    prompts: Sequence[mx.array],
     model: OpenELM,
-    rows: list[_Sequence],
-    sampler: Sampler,
-    processors: Sequence[LogitsProcessor],
-    prefill_step_size: int,
-    vocab_size: int,
-) -> Iterator[tuple[list[_Sequence], list[int]]]:
-    """The sequences that are still in the batch, and the next token of each, until all ended.
+    max_tokens: Sequence[int],
+    *,
+    ends: Callable[[int, int], bool] = lambda i, token: False,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prefill_step_size: int = 512,
+    vocab_size: int | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """For each step (index of the prompt, token) of every sequence that hasn't ended.
 
-    The caller adds the tokens to the sequences before it asks for more.
+    Shorter prompts are padded in front. Sequences that ended leave the batch once they are half of
+    it, so that few shapes are computed.
+
+    Args:
+        prompts: [L] int32 each.
+        max_tokens: of each sequence, at least 1.
+        ends: called with every index and token; whether that is the sequence's last.
+        sampler: log-probabilities [B, vocab] -> tokens [B]; greedy by default.
+        logits_processors: applied in order, to one sequence at a time.
+        prefill_step_size: tokens of the prompts that one step takes.
+        vocab_size: ids from here on are never sampled.
+
+    Raises:
+        InputError: when a prompt is empty or too long, or `max_tokens` is less than 1.
     """
-    longest = max(s.prompt.size for s in rows)
-    cache = model.make_cache(lengths=[s.prompt.size for s in rows])
-    padded = mx.stack([mx.pad(s.prompt, (longest - s.prompt.size, 0)) for s in rows])
-    seen = [s.prompt for s in rows]
+    sampler = sampler or make_sampler()
+    limits = [min(n, _room(model, p, "a prompt")) for n, p in zip(max_tokens, prompts, strict=True)]
+    if min(limits) < 1:
+        raise InputError(f"max_tokens must be at least 1, not {min(limits)}")
+    lengths = [prompt.size for prompt in prompts]
+    cache = model.make_cache(lengths=lengths)
+    padded = mx.stack([mx.pad(p, (max(lengths) - p.size, 0)) for p in prompts])
+    rows = list(range(len(prompts)))  # which prompt each row of the batch is of
+    going = set(rows)
+    seen = list(prompts)
 
     def choose(logits: mx.array) -> mx.array:
         logits = logits[:, :vocab_size]
-        for process in processors:
+        for process in logits_processors or ():
             parts = [process(s, logits[i : i + 1]) for i, s in enumerate(seen)]
             logits = mx.concatenate(parts)
         tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -182,21 +202,32 @@ def _steps(
         return tokens
 
     tokens = choose(prefill(model, padded, cache, prefill_step_size))
-    made = 1
-    while True:
+    for made in itertools.count(1):
         following = None
-        if made < max(s.limit for s in rows if not s.finish_reason):
-            if processors:
+        if made < max(limits[i] for i in going):
+            if logits_processors:
                 seen = [mx.concatenate([s, tokens[i : i + 1]]) for i, s in enumerate(seen)]
             following = choose(model(tokens[:, None], cache, last_only=True)[:, 0])
-        yield rows, tokens.tolist()  # type: ignore[misc]
-        going = [i for i, s in enumerate(rows) if not s.finish_reason]
+        found = cast("list[int]", tokens.tolist())
+        given = [(i, token) for i, token in zip(rows, found, strict=True) if i in going]
+        going -= {i for i, token in given if ends(i, token) or made == limits[i]}
+        yield given
         if following is None or not going:
             return
         if 2 * len(going) <= len(rows):
-            kept = mx.array(going)
-            cache.select(going)
-            following = following[kept]
-            rows, seen = [rows[i] for i in going], [seen[i] for i in going]
+            kept = [row for row, i in enumerate(rows) if i in going]
+            cache.select(kept)
+            following = following[mx.array(kept)]
+            rows, seen = [rows[row] for row in kept], [seen[row] for row in kept]
         tokens = following
-        made += 1
+
+
+def _room(model: OpenELM, prompt: mx.array, name: str) -> int:
+    """How many tokens can follow a prompt; the last one needs no room in the cache."""
+    context = model.config.max_context_length
+    if not 0 < prompt.size <= context:
+        raise InputError(
+            f"{name} has {prompt.size} tokens; from 1 to the model's context of {context} are "
+            "possible"
+        )
+    return context - prompt.size + 1
