@@ -13,7 +13,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .errors import InputError
 from .model import OpenELM
-from .sampling import LogitsProcessor, Sampler, make_sampler
+from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def generate_step(
         for process in processors:
             logits = process(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = sampler(logprobs)
+        token = greedy(logits) if sampler is greedy else sampler(logprobs)
         mx.async_eval(token)  # type: ignore[no-untyped-call]
         return token, logprobs[0]
 
