@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .drafts import Draft
 from .sampling import Draws, LogitsProcessor, Sampler, greedy
-
-if TYPE_CHECKING:
-    from .speculative import Draft
 
 
 class Chooser:
@@ -33,7 +30,7 @@ class Chooser:
         self.vocab_size = vocab_size
         self._seen = seen  # stays behind where there is no processor
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: list[int]) -> None:
         """These follow the text."""
         if self.processors:
             self._seen = mx.concatenate([self._seen, mx.array(tokens)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -15,6 +16,20 @@ CATCH_UP = 256  # tokens of the text that a draft model reads at most before it 
 
 Pick = Callable[[mx.array, list[mx.array]], mx.array]
 """(logits [1, vocab], tokens drafted before, each [1]) -> the token [1] to draft."""
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow the text.
+
+    Attributes:
+        tokens: [n]; perhaps not computed yet.
+        kind: what is known of such drafts.
+        probs: [n, vocab], the probabilities the tokens were drawn with; None where they weren't.
+    """
+
+    tokens: mx.array
+    kind: Kind
+    probs: mx.array | None = None
 
 
 class PromptLookup:
@@ -83,7 +98,7 @@ class DraftModel:
     def _read(self) -> int:
         return self._start + self._cache.offset
 
-    def draft(self, text: Sequence[int], length: int, pick: Pick) -> list[mx.array]:
+    def draft(self, text: list[int], length: int, pick: Pick) -> list[mx.array]:
         """`length` tokens, each [1], that may follow `text`: a graph, nothing is computed yet."""
         self._forget(len(text) - 1)
         behind, room = len(text) - self._read, self._cache.room()

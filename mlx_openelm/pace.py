@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 LENGTHS = (1, 2, 4, 8, 16)  # few, because a step is compiled for each: it takes one token more
@@ -12,7 +12,7 @@ RECENT = 16  # measurements that count, of each kind
 ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
-ALLOWANCE = 3.0  # plain steps that may be lost to finding out, at the start...
+ALLOWANCE = 2.5  # plain steps that may be lost to finding out, at the start...
 SLACK = 0.02  # ...and the share of all time that may be, afterwards
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
 REFRESH_EVERY = 48  # rounds after which the plain step is measured again
@@ -57,34 +57,34 @@ class Costs:
 
     @property
     def plain(self) -> float | None:
-        """Seconds of a plain step, once two have been measured."""
+        """Seconds of a plain step, once enough have been measured."""
         steps = self._measured["", 0]
-        return _low(steps) if len(steps) > 1 else None
+        return _low(steps) if len(steps) >= ENOUGH else None
 
-    def round(self, kind: Kind, length: int) -> float:
+    def round(self, kind: Kind, length: int, enough: int = ENOUGH) -> float:
         """Seconds of a round that drafts `length` tokens and verifies them.
 
-        Lengths not measured yet lie on the line between their neighbours, the plain step being
-        the one of length 0; beyond the longest, the line goes on. A shorter round takes no more
-        than a longer one.
+        Lengths measured less than `enough` times lie on the line between their neighbours, the
+        plain step being the one of length 0; beyond the longest, the line goes on. A shorter
+        round takes no more than a longer one.
         """
         plain = self.plain
         assert plain is not None
         known: list[tuple[int, float]] = []
         for (source, n), seconds in sorted(self._measured.items(), reverse=True):
-            if source == kind.source and len(seconds) >= ENOUGH:
+            if source == kind.source and len(seconds) >= enough:
                 shortest = min([_low(seconds), *(t for _, t in known)])
                 known.append((n, shortest))
         known.reverse()
         points = [(0, plain), *known]
-        for (n0, t0), (n1, t1) in zip(points, points[1:], strict=False):
+        for (n0, t0), (n1, t1) in pairwise(points):
             if length <= n1:
                 return t0 + (t1 - t0) * (length - n0) / (n1 - n0)
         (n1, t1) = points[-1]
         slope = kind.slope * plain
         if len(known) > 1:
             (n0, t0) = known[-2]
-            slope = max(t1 - t0, 0.0) / (n1 - n0)
+            slope = (t1 - t0) / (n1 - n0)
         return t1 + slope * (length - n1)
 
 
@@ -168,5 +168,7 @@ class Pace:
         self.costs.add(kind.source, length, seconds)
         plain = self.costs.plain
         if plain is not None:
-            lost = self.costs.round(kind, length) / plain - (accepted + 1)
+            usual = self.costs.round(kind, length)
+            spent = min(self.costs.round(kind, length, enough=1), 2 * usual)
+            lost = spent / plain - (accepted + 1)
             self._lost = max(self._lost + lost, -ALLOWANCE)

@@ -1,15 +1,15 @@
 """The loop of `decoding.py` with several tokens a step: drafted, then verified at once.
 
-Speculative decoding (Y. Leviathan et al., arXiv 2211.17192): a cheap source drafts tokens, the model
-computes the logits of all of them in one step, and those that hold are kept. What comes out is
-what the model alone gives: greedily the same tokens, sampled the same distribution, and with a
-seed the same tokens again.
+Speculative decoding (Y. Leviathan et al., arXiv 2211.17192): a cheap source drafts tokens, the
+model computes the logits after all of them in one step, and those that hold are kept. What comes
+out is what the model alone gives: greedily the same tokens, sampled the same distribution, and
+with a seed the same tokens again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .choosing import Chooser
 from .decoding import prefill, token_limit
-from .drafts import DraftModel, PromptLookup
+from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
 from .model import OpenELM
 from .pace import LENGTHS, Kind, Pace
@@ -49,20 +49,6 @@ class Speculation:
     def tokens_per_step(self) -> float:
         """Generated tokens per step of the model."""
         return self.tokens / self.steps if self.steps else 0.0
-
-
-class Draft(NamedTuple):
-    """Tokens that may follow the text.
-
-    Attributes:
-        tokens: [n]; perhaps not computed yet.
-        kind: what is known of such drafts.
-        probs: [n, vocab], the probabilities the tokens were drawn with; None where they weren't.
-    """
-
-    tokens: mx.array
-    kind: Kind
-    probs: mx.array | None = None
 
 
 class Step(NamedTuple):
@@ -107,7 +93,7 @@ def speculative_generate_step(
     vocab_size: int | None = None,
     statistics: Speculation | None = None,
     pace: Pace | None = None,
-) -> Iterator[tuple[int, mx.array, bool]]:
+) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Token ids that continue `prompt` [L], as `decoding.generate_step` gives them, but sooner.
 
     With both sources, a passage that repeats is copied, and elsewhere the draft model is asked.
@@ -180,7 +166,7 @@ class _Loop:
         max_tokens: int,
         prefill_step_size: int,
         progress: Callable[[int, int], None] | None,
-    ) -> Iterator[tuple[int, mx.array, bool]]:
+    ) -> Generator[tuple[int, mx.array, bool], None, None]:
         left = token_limit(self.cache, prompt.size, max_tokens)
         assert left is not None  # the context doesn't slide
         logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
@@ -189,7 +175,8 @@ class _Loop:
         if progress:
             mx.eval(step.tokens)
             progress(prompt.size, prompt.size)
-        given, then = prompt.size, None
+        given = prompt.size
+        then: float | None = None
         try:
             while True:
                 following = None
