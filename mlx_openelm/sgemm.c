@@ -363,7 +363,7 @@ static sgemm *next = plain; /* who takes what is not for this kernel */
 
 /* The largest products that are: in rows of A, and in columns of a B that isn't transposed, as that
    is read in strips, which is slow in memory. Measured: docs/performance.md. */
-static int most_rows = 16, most_columns = 128;
+static int most_rows = 32, most_columns = 128;
 
 /* Whether the kernel runs on this processor. */
 static int supported(void) {
