@@ -8,7 +8,8 @@ changes its meaning or goes away; a file of another version is refused.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import sys
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -180,12 +181,14 @@ def read(file: Path) -> Results:
             missing or of the wrong type; names the file and the field.
     """
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+    except RecursionError:
+        raise InputError(f"{file}: too deeply nested") from None
     if not isinstance(values, dict) or "schema" not in values:
         raise InputError(f"{file}: not a results file of the benchmarks (no schema in it)")
-    if values["schema"] != SCHEMA:
+    if values["schema"] != SCHEMA or values["schema"] is True:
         raise InputError(
             f"{file}: schema version {values['schema']!r}; this version of mlx-openelm reads "
             f"{SCHEMA}"
@@ -218,17 +221,22 @@ def _build(wanted: type[T], value: Any, where: str) -> T:
         }
         try:
             result = wanted(**given)
-        except TypeError as error:
-            raise InputError(f"{where or 'the file'}: {error}") from None
+        except TypeError:  # fields that have no default
+            missing = next(f.name for f in fields(wanted) if f.name not in given and _needed(f))
+            raise InputError(f"{where}.{missing} is missing".lstrip(".")) from None
     elif origin is list and isinstance(value, list):
         result = [_build(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
         result = {k: _build(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        result = float(value)
-    elif isinstance(wanted, type) and type(value) is wanted:
+    elif wanted is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        result = float(value)  # neither infinite nor NaN
+    elif wanted is not float and isinstance(wanted, type) and type(value) is wanted:
         result = value
     else:
         kind = getattr(wanted, "__name__", wanted)
         raise InputError(f"{where} should be of type {kind}, not {value!r:.40}")
     return result  # type: ignore[no-any-return]
+
+
+def _needed(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
