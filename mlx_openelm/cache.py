@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -37,13 +38,13 @@ class KVCache:
     to the latest `max_size - KEPT_TOKENS`, itself included, however its prompt is cut into
     chunks; the buffers become rings. With `bits` they are quantized.
 
-    Sequences of different lengths share a cache when the shorter ones are padded in front:
-    `starts` says where each begins.
+    Sequences of different lengths share a cache when the shorter ones are padded in front to the
+    length of the longest; `lengths` says how long each is without.
 
     Attributes:
         offset: number of positions seen so far, padding included.
         buffers: one a layer; a step replaces them.
-        starts: [B] int32, or None when all begin at 0.
+        starts: [B] int32, the position where each sequence begins; None when all begin at 0.
     """
 
     def __init__(
@@ -52,20 +53,21 @@ class KVCache:
         max_size: int | None = None,
         dtype: mx.Dtype = mx.float32,
         bits: int | None = None,
-        starts: mx.array | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         if max_size is not None and not KEPT_TOKENS < max_size <= config.max_context_length:
             raise InputError(
                 f"max_kv_size must be more than {KEPT_TOKENS} and at most the model's context of "
                 f"{config.max_context_length} tokens, not {max_size}"
             )
-        if max_size is not None and starts is not None:
+        if max_size is not None and lengths is not None:
             raise InputError("a context that slides (max_kv_size) holds sequences of one length")
         self.config = config
         self.max_size = max_size
         self.dtype = dtype
         self.scheme = None if bits is None else _scheme(bits, config.head_dim)
-        self.starts = starts
+        self._paddings = [max(lengths) - n for n in lengths] if lengths else []
+        self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
         self.buffers: list[Buffer] = []
 
@@ -90,8 +92,10 @@ class KVCache:
         return None if self.max_size is None else self.max_size + SLIDING_STEP - 1
 
     def room(self) -> int | None:
-        """How many more tokens fit; None when the context slides."""
-        return None if self.max_size else self.config.max_context_length - self.offset
+        """How many more tokens fit into the shortest sequence; None when the context slides."""
+        if self.max_size:
+            return None
+        return self.config.max_context_length + max(self._paddings, default=0) - self.offset
 
     def longest_step(self, wanted: int) -> int:
         """How many of the next `wanted` tokens one step may take."""
@@ -128,6 +132,7 @@ class KVCache:
             capacity = max(FIRST_CAPACITY, self.capacity)
             while capacity < wanted:
                 capacity *= 2
+            # A batch may go beyond the context, where its padding ends, and so may a padded step.
             limit = self.ring or max(self.config.max_context_length, wanted)
             self._grow(batch, min(capacity, limit))
 
@@ -149,6 +154,13 @@ class KVCache:
             ]
         else:
             self.buffers = empty
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these sequences."""
+        kept = mx.array(rows)
+        self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
+        self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
+        self.starts = None if self.starts is None else self.starts[kept]
 
     def trim(self, count: int) -> None:
         """Forget the last `count` positions.

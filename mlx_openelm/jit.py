@@ -2,7 +2,8 @@
 
 On a CPU `mx.compile` fuses by writing C++ and running the system's compiler, a second for each
 kernel, once on a machine: the libraries stay in the temporary directory. A first run must not stall
-for that. So until they are there, steps run uncompiled, and another process makes them in the background. Without a C++ compiler MLX leaves operations unfused, and nothing has to be made.
+for that. So until they are there, steps run uncompiled, and another process makes them in the
+background. Without a C++ compiler MLX leaves operations unfused, and nothing has to be made.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def build() -> None:
         )
         model = OpenELM(config, policy=Policy("CPU", mx.float32, fast_kernels=False))
         for batch, length, max_size in _VARIANTS:
-            cache = model.make_cache(max_size)
-            cache.starts = None if batch == 1 else mx.zeros((batch,), mx.int32)
+            lengths = None if batch == 1 else range(1, batch + 1)
+            cache = model.make_cache(max_size, lengths=lengths)
             for last_only in (True, False):
                 tokens = mx.zeros((batch, length), mx.int32)
                 mx.eval(model(tokens, cache, last_only), cache.buffers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -104,7 +104,7 @@ class OpenELM:
             if not self._kernels_ready and not self._kernels_wanted:
                 self._kernels_wanted = True
                 jit.build_in_background()
-        return self._kernels_ready and cache.scheme is None
+        return self._kernels_ready and cache.scheme is None and self.dtype == mx.float32
 
     def _step(self, scheme: Scheme | None, last_only: bool, compiled: bool) -> Callable[..., _Out]:
         key = (scheme, last_only, compiled)
@@ -136,14 +136,23 @@ class OpenELM:
         self._steps[key] = step
         return step
 
-    def make_cache(self, max_size: int | None = None, kv_bits: int | None = None) -> KVCache:
+    def make_cache(
+        self,
+        max_size: int | None = None,
+        kv_bits: int | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> KVCache:
         """An empty cache for this model.
 
         Args:
             max_size: let the context slide (see `KVCache`).
             kv_bits: quantize keys and values to 8 or 4 bits.
+            lengths: of sequences that will be padded in front to the longest.
+
+        Raises:
+            InputError: when the model or the cache can't have that.
         """
-        return KVCache(self.config, max_size, self.dtype, kv_bits)
+        return KVCache(self.config, max_size, self.dtype, kv_bits, lengths)
 
     def parameters(self) -> dict[str, mx.array]:
         """All tensors by their name on disk, as they are held in memory."""
