@@ -48,10 +48,7 @@ def test_a_plan_for_a_model_with_a_tokenizer(demo: tuple[OpenELM, Tokenizer]) ->
             assert work.prompt_tokens + task.workload.gen_tokens <= CONFIG.max_context_length + 1
 
 
-def test_drafted_tokens_are_measured_beside_plain_ones(
-    demo: tuple[OpenELM, Tokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ours, "can", lambda option: True)
+def test_drafted_tokens_are_measured_beside_plain_ones(demo: tuple[OpenELM, Tokenizer]) -> None:
     drafted_kinds = ("speculative", "lookup")
     plan = Plan(kinds=drafted_kinds, prompt_tokens=(8,), draft_model="demo-draft")
     found, _ = tasks(plan, CONFIG, demo[1])
@@ -62,14 +59,12 @@ def test_drafted_tokens_are_measured_beside_plain_ones(
     assert drafted.workload == replace(plain.workload, options={"draft_model": "demo-draft"})
     assert lookup.workload.options == {"prompt_lookup": True}
     assert all(task.fits(OURS) and not task.fits("mlx-lm") for task in found)
-    monkeypatch.setattr(ours, "can", lambda option: False)
-    found, notes = tasks(plan, CONFIG, demo[1])
-    assert found == []
-    assert len(notes) == 2
+    found, notes = tasks(replace(plan, draft_model=None), CONFIG, demo[1])
+    assert kinds(found) == ["decode", "lookup"]
+    assert notes == ["no speculative: name a draft model with --draft-model"]
 
 
-def test_without_a_tokenizer_tokens_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "can", lambda option: True)
+def test_without_a_tokenizer_tokens_are_random() -> None:
     found, notes = tasks(Plan(batches=(1, 3)), OpenELMConfig.from_name("OpenELM-270M"), None)
     assert "cold" not in kinds(found)
     assert notes == ["no drafted tokens: with random weights they'd say nothing"]
@@ -232,6 +227,22 @@ def test_llama_cpp_gives_our_greedy_tokens(
     written = llama_cpp.gguf_of(model_directory("demo:float32"))
     before = written.stat().st_mtime_ns
     assert llama_cpp.gguf_of(model_directory("demo:float32")).stat().st_mtime_ns == before
+
+
+def test_our_own_in_every_way(demo: tuple[OpenELM, Tokenizer]) -> None:
+    runtime = ours.load(DEMO / "demo")
+    wanted = greedy(demo, TINY[0], 12)
+    plain = runtime.run(Workload(TINY, 12))
+    assert plain.tokens == [wanted]
+    assert len(plain.times) == 12
+    assert plain.statistics == {}
+    batch = runtime.run(Workload([TINY[0], TINY[0][::-1]], 12))
+    assert batch.tokens == [wanted, greedy(demo, TINY[0][::-1], 12)]
+    for options in ({"draft_model": "demo-draft"}, {"prompt_lookup": True}):
+        drafted = runtime.run(Workload(TINY, 12, options))
+        assert drafted.tokens == [wanted]
+        assert drafted.statistics["tokens a step"] >= 1
+        assert 0 <= drafted.statistics["acceptance"] <= 1
 
 
 BENCH = """#!/bin/sh

@@ -5,32 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-import mlx_openelm
-from mlx_openelm import __version__, jit
+from mlx_openelm import OpenELM, __version__, jit
+from mlx_openelm.batching import batch_generate_step
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.hub import resolve
+from mlx_openelm.speculative import Speculation, speculative_generate_step
 
 from . import Measured, Runtime, Workload
+
+_DRAFTING = ("draft_model", "prompt_lookup", "num_draft_tokens")
 
 
 def version() -> str:
     """Of the package."""
     return __version__
-
-
-def can(option: str) -> bool:
-    """Whether `generate_step` has this argument; or, for "batch", whether there are batches."""
-    if option == "batch":
-        return hasattr(mlx_openelm, "batch_generate")
-    return option in signature(generate_step).parameters
 
 
 def load(directory: Path) -> Runtime:
@@ -42,17 +36,15 @@ def load(directory: Path) -> Runtime:
         if len(workload.prompts) > 1:
             return _batch(model, workload)
         [prompt] = workload.prompts
-        options = _options(workload)
+        found = Speculation()
         start = time.perf_counter()
-        steps: Iterator[tuple[Any, ...]] = generate_step(
-            mx.array(prompt), model, max_tokens=workload.gen_tokens, **options
-        )
-        tokens, times, drafted = [], [], 0
-        for response in steps:
+        times, tokens = [], []
+        for response in _steps(model, mx.array(prompt), workload, found):
             times.append(time.perf_counter() - start)
             tokens.append(response[0])
-            drafted += len(response) > 2 and bool(response[2])
-        statistics = {"from draft": drafted / len(tokens)} if options else {}
+        statistics = {}
+        if found.steps:
+            statistics = {"acceptance": found.acceptance, "tokens a step": found.tokens_per_step}
         return Measured(times[0], times[-1] - times[0], [tokens], times, statistics)
 
     cache = model.make_cache()
@@ -64,28 +56,31 @@ def load(directory: Path) -> Runtime:
     return Runtime(run, step)
 
 
-def _options(workload: Workload) -> dict[str, Any]:
-    options = dict(workload.options)
-    if "draft_model" in options:
+def _steps(
+    model: OpenELM, prompt: mx.array, workload: Workload, found: Speculation
+) -> Iterator[tuple[Any, ...]]:
+    options: dict[str, Any] = dict(workload.options)
+    if not options.keys() & set(_DRAFTING):
+        return generate_step(prompt, model, max_tokens=workload.gen_tokens, **options)
+    if options.get("draft_model") is not None:
         options["draft_model"] = _draft(str(options["draft_model"]))
-    return options
+    return speculative_generate_step(
+        prompt, model, max_tokens=workload.gen_tokens, statistics=found, **options
+    )
 
 
 @cache
-def _draft(directory: str) -> Any:
+def _draft(directory: str) -> OpenELM:
     return load_model(resolve(directory))
 
 
-def _batch(model: Any, workload: Workload) -> Measured:
-    if not can("batch"):
-        raise OpenELMError("mlx-openelm: batches are not built yet")
+def _batch(model: OpenELM, workload: Workload) -> Measured:
+    made: list[list[int]] = [[] for _ in workload.prompts]
+    prompts = [mx.array(prompt) for prompt in workload.prompts]
     start = time.perf_counter()
-    response = mlx_openelm.batch_generate(  # type: ignore[attr-defined]
-        model,
-        None,
-        workload.prompts,
-        max_tokens=workload.gen_tokens,
-        return_token_ids=True,
-    )
-    seconds = time.perf_counter() - start
-    return Measured(0.0, seconds, response.token_ids)
+    first = 0.0
+    for step in batch_generate_step(prompts, model, [workload.gen_tokens] * len(prompts)):
+        first = first or time.perf_counter() - start
+        for i, token in step:
+            made[i].append(token)
+    return Measured(first, time.perf_counter() - start - first, made)
