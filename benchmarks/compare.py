@@ -271,9 +271,7 @@ def control(changes: Sequence[Change]) -> str:
     moved = dict.fromkeys(c.before.runtime for c in others if c.verdict != "a tie")
     names = enumerated(list(dict.fromkeys(c.before.runtime for c in others)))
     if not moved:
-        return (
-            f"Held against {names}, {len(others)} rows: no difference beyond noise, as it should."
-        )
+        return f"Held against {names}: no difference beyond noise, as it should be."
     return f"{enumerated(list(moved))} changed too: if its code is the same, doubt the rest."
 
 

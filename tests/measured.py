@@ -151,13 +151,14 @@ def results(
     slowdown: float = 1.0,
     machine: Machine | None = None,
     machinery: Machinery | None = None,
+    runtimes: Sequence[str] = tuple(SPEED),
 ) -> Results:
     """A run. `slowdown` is what this project's generation takes longer."""
     machinery = machinery or Machinery(seed)
     found: list[Measurement] = []
     for model in models:
         for work in works:
-            speeds = idle_speeds(model, work)
+            speeds = {name: idle_speeds(model, work)[name] for name in runtimes}
             if work.kind == "decode":
                 speeds["mlx-openelm"] /= slowdown
             found += measure(machinery, model, work, speeds, trials)
