@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mlx_openelm.command import INTERRUPTED, tell
-from mlx_openelm.errors import InputError
+from mlx_openelm.errors import InputError, OpenELMError
 
 from . import calibration, machine, report, results
 from .models import Target, check_memory, target
@@ -87,7 +87,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="directory for results.json and report.html",
+        help="directory for results.json, report.md and report.html",
     )
 
 
@@ -153,12 +153,21 @@ def measure(
         interrupted = True
         tell("interrupted; what was measured is kept")
     found = session.results(partial=interrupted)
-    if output:
-        results.write(found, output / "results.json")
-        report.write_html([found], output / "report.html")
-        tell(f"wrote {output / 'results.json'} and {output / 'report.html'}")
     report.table(found, Console())
+    if output:
+        _write(found, output)
     return INTERRUPTED if interrupted else 0
+
+
+def _write(found: results.Results, output: Path) -> None:
+    results.write(found, output / "results.json")
+    report.write_markdown([found], output / "report.md")
+    tell(f"wrote {output / 'results.json'} and {output / 'report.md'}")
+    try:
+        report.write_html([found], output / "report.html")
+        tell(f"wrote {output / 'report.html'}")
+    except OpenELMError as error:  # a package that only the page needs
+        tell(str(error))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_openelm.benchmarks import calibration, results, session
+from mlx_openelm.benchmarks import calibration, default, paper, results, session
+from mlx_openelm.benchmarks.__main__ import main
 from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
@@ -212,3 +213,50 @@ def test_bad_input(run: Run, options: list[str], reason: str) -> None:
     assert result.returncode == 2
     assert reason in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_help_is_quick_and_imports_one_command(run: Run) -> None:
+    result = run(MODULE, "--help")
+    assert result.returncode == 0
+    for name in ("run", "paper", "report", "compare", "startup", "convert"):
+        assert f"    {name} " in result.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", MODULE, "compare", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stderr
+    assert "mlx_openelm.benchmarks.report" in loaded
+    assert "mlx_openelm.benchmarks.session" not in loaded
+
+
+def test_the_paper_leaves_out_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[tuple[object, ...]] = []
+    monkeypatch.setattr(paper, "measure", lambda *given: measured.append(given) or 0)
+    monkeypatch.setattr(paper.machine, "describe", lambda: Machine(memory_bytes=2 << 30))
+    assert main(["paper", "--trials", "2", "--time", "60"]) == 0
+    [(targets, peers, plan, seconds, _)] = measured
+    names = [one.model.name for one in targets]  # type: ignore[attr-defined]
+    assert "random:OpenELM-270M:4bit" in names
+    assert "random:OpenELM-3B:bfloat16" not in names
+    assert "left out: random:OpenELM-3B:bfloat16: " in capsys.readouterr().err
+    assert (peers, seconds) == ([OURS], 60)
+    assert (plan.prompt_tokens, plan.gen_tokens, plan.trials) == ((36,), 1024, 2)  # type: ignore[attr-defined]
+    assert main(["paper", "--sizes", "OpenELM-7B"]) == 2
+    monkeypatch.setattr(paper.machine, "describe", lambda: Machine(memory_bytes=1 << 20))
+    assert main(["paper"]) == 2
+    assert "none of these models fits" in capsys.readouterr().err
+
+
+def test_without_a_command_it_is_the_demo_and_a_270m(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[object, ...]] = []
+    monkeypatch.setattr(default, "measure", lambda *given: measured.append(given) or 0)
+    assert main([]) == 0
+    assert main(["-o", "somewhere"]) == 0
+    [(targets, peers, _, seconds, output), second] = measured
+    assert [one.model.name for one in targets] == ["demo", "random:OpenELM-270M"]  # type: ignore[attr-defined]
+    assert OURS in peers  # type: ignore[operator]
+    assert 60 < seconds < 120  # type: ignore[operator]
+    assert (output, second[-1]) == (None, Path("somewhere"))
