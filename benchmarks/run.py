@@ -21,6 +21,7 @@ from .session import Session, installed, measure_model
 from .workloads import KINDS, Plan
 
 DESCRIPTION = "Measure workloads on a model, by this project and by its peers, in turns."
+SHARE = 0.35  # of the time that is left, for a model that isn't the last
 DRAFTS = {"demo": "demo-draft"}  # bundled model -> the draft that was distilled from it
 
 
@@ -143,12 +144,14 @@ def measure(
             begin("calibration", 1)()
             session.calibration.append(calibration.full())
             for i, one in enumerate(targets):
-                budget = None if seconds is None else session.left() / (len(targets) - i)
+                last = i == len(targets) - 1
+                budget = None if seconds is None else session.left() * (1 if last else SHARE)
                 draft = plan.draft_model or DRAFTS.get(one.model.name.partition(":")[0])
                 full = Plan(**{**vars(plan), "draft_model": draft})
                 measure_model(session, one, peers, full, begin, budget)
                 if output:
                     results.write(session.results(partial=True), output / "results.json")
+            session.look_again()
     except KeyboardInterrupt:
         interrupted = True
         tell("interrupted; what was measured is kept")
