@@ -13,7 +13,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.tokenizer import Tokenizer
 
-from .peers import OURS, PEERS, Workload, ours
+from .peers import OURS, PEERS, Workload
 from .results import Trial, Work
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -117,7 +117,7 @@ def tasks(
         if works:
             found.append(Task(tuple(works), Workload(given, max(gen, 1))))
     if "batch" in plan.kinds and lengths:
-        found += _batches(plan, lengths[0], context, prompts, notes)
+        found += _batches(plan, lengths[0], context, prompts)
     if "long" in plan.kinds and lengths:
         gen = min(plan.long_tokens, context + 1 - lengths[0])
         text, given = prompts(TEXT, lengths[0])
@@ -130,12 +130,7 @@ def tasks(
     return found, notes
 
 
-def _batches(
-    plan: Plan, length: int, context: int, prompts: Any, notes: list[str]
-) -> Sequence[Task]:
-    if not ours.can("batch"):
-        notes.append("no batches: this version has no batch_generate")
-        return []
+def _batches(plan: Plan, length: int, context: int, prompts: Any) -> Sequence[Task]:
     gen = min(plan.gen_tokens, context + 1 - length)
     made = []
     for batch in plan.batches:
@@ -154,9 +149,7 @@ def _several_at_a_step(plan: Plan, context: int, prompts: Any, notes: list[str])
     ):
         if kind not in plan.kinds:
             continue
-        if not ours.can(option):
-            notes.append(f"no {kind}: this version has no {option}")
-        elif not value:
+        if not value:
             notes.append("no speculative: name a draft model with --draft-model")
         else:
             length = min(128 if kind == "speculative" else 400, context // 2)

@@ -74,8 +74,7 @@ def tiny(vocab_size: int = 8, context: int = 64, seed: int = 0) -> OpenELM:
     )
     model = OpenELM(config)
     arrays = {
-        name: array * (13 if array.ndim == 2 else 1)
-        for name, array in model.parameters().items()
+        name: array * (13 if array.ndim == 2 else 1) for name, array in model.parameters().items()
     }
     return OpenELM(config, arrays)
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-import mlx_openelm
 from mlx_openelm import __version__, jit
+from mlx_openelm.batching import batch_generate_step
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
-from mlx_openelm.errors import OpenELMError
 from mlx_openelm.hub import resolve
+from mlx_openelm.speculative import Speculation, speculative_generate_step
 
 from . import Measured, Runtime, Workload
 
@@ -24,13 +23,6 @@ from . import Measured, Runtime, Workload
 def version() -> str:
     """Of the package."""
     return __version__
-
-
-def can(option: str) -> bool:
-    """Whether `generate_step` has this argument; or, for "batch", whether there are batches."""
-    if option == "batch":
-        return hasattr(mlx_openelm, "batch_generate")
-    return option in signature(generate_step).parameters
 
 
 def load(directory: Path) -> Runtime:
@@ -43,17 +35,30 @@ def load(directory: Path) -> Runtime:
             return _batch(model, workload)
         [prompt] = workload.prompts
         options = _options(workload)
+        speculation = Speculation()
         start = time.perf_counter()
-        steps: Iterator[tuple[Any, ...]] = generate_step(
-            mx.array(prompt), model, max_tokens=workload.gen_tokens, **options
-        )
-        tokens, times, drafted = [], [], 0
-        for response in steps:
+        steps: Iterator[tuple[Any, ...]]
+        if options:
+            steps = speculative_generate_step(
+                mx.array(prompt),
+                model,
+                max_tokens=workload.gen_tokens,
+                statistics=speculation,
+                **options,
+            )
+        else:
+            steps = generate_step(mx.array(prompt), model, max_tokens=workload.gen_tokens)
+        tokens, times = [], []
+        for token, *_ in steps:
             times.append(time.perf_counter() - start)
-            tokens.append(response[0])
-            drafted += len(response) > 2 and bool(response[2])
-        statistics = {"from draft": drafted / len(tokens)} if options else {}
-        return Measured(times[0], times[-1] - times[0], [tokens], times, statistics)
+            tokens.append(token)
+        statistics = {
+            "acceptance": speculation.acceptance,
+            "tokens per step": speculation.tokens_per_step,
+        }
+        return Measured(
+            times[0], times[-1] - times[0], [tokens], times, statistics if options else {}
+        )
 
     cache = model.make_cache()
 
@@ -77,15 +82,16 @@ def _draft(directory: str) -> Any:
 
 
 def _batch(model: Any, workload: Workload) -> Measured:
-    if not can("batch"):
-        raise OpenELMError("mlx-openelm: batches are not built yet")
     start = time.perf_counter()
-    response = mlx_openelm.batch_generate(  # type: ignore[attr-defined]
+    steps = batch_generate_step(
+        [mx.array(prompt) for prompt in workload.prompts],
         model,
-        None,
-        workload.prompts,
-        max_tokens=workload.gen_tokens,
-        return_token_ids=True,
+        [workload.gen_tokens] * len(workload.prompts),
     )
-    seconds = time.perf_counter() - start
-    return Measured(0.0, seconds, response.token_ids)
+    tokens: list[list[int]] = [[] for _ in workload.prompts]
+    times = []
+    for step in steps:
+        times.append(time.perf_counter() - start)
+        for i, token in step:
+            tokens[i].append(token)
+    return Measured(times[0], times[-1] - times[0], tokens)
