@@ -18,6 +18,7 @@ COMMANDS = {
     "paper": ("paper", "the OpenELM paper's protocol: four sizes in 16 and in 4 bits"),
     "report": ("report", "one report over several machines or runs"),
     "compare": ("compare", "what got faster or slower between two runs"),
+    "speed": ("speed", "this project's figures: ratios to its peers"),
     "startup": ("startup", "process start to first token, against mlx_lm.generate"),
     "convert": ("conversion", "converting a checkpoint, against PyTorch"),
 }

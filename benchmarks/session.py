@@ -15,7 +15,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
-from . import calibration, roofline
+from . import calibration, machine, roofline
 from .fitting import Speeds, fit
 from .models import Target, model_directory
 from .peers import OURS, PEERS, Workload, is_installed

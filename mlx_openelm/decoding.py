@@ -97,6 +97,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_kv_size: int | None = None,
+    kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -111,6 +112,7 @@ def generate_step(
         sampler: log-probabilities [1, vocab] -> token [1]; greedy by default.
         logits_processors: applied in order, before the sampler.
         max_kv_size: let the context slide (see `KVCache`).
+        kv_bits: keep keys and values in 8 or 4 bits.
         prompt_cache: what came before the prompt; updated in place.
         prefill_step_size: tokens of the prompt that one step takes.
         prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
@@ -123,7 +125,7 @@ def generate_step(
         raise InputError("the prompt is empty")
     if prefill_step_size < 1:
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
-    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size)
+    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
     sampler = sampler or make_sampler()
     processors = tuple(logits_processors or ())
     seen = prompt
@@ -219,7 +221,8 @@ def _stream(
     stop: StopStrings,
     options: dict[str, Any],
 ) -> Iterator[GenerationResponse]:
-    cache = options.pop("prompt_cache", None) or model.make_cache(options.pop("max_kv_size", None))
+    fresh = model.make_cache(options.pop("max_kv_size", None), options.pop("kv_bits", None))
+    cache = options.pop("prompt_cache", None) or fresh
     limit = token_limit(cache, prompt.size, max_tokens)
     detokenizer = tokenizer.detokenizer
     start = time.perf_counter()

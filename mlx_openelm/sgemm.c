@@ -32,14 +32,6 @@
 #endif
 #define INLINE SIMD static inline __attribute__((always_inline))
 
-#if defined(__x86_64__)
-#define PAUSE() __builtin_ia32_pause()
-#elif defined(__aarch64__)
-#define PAUSE() __asm__ volatile("yield")
-#else
-#define PAUSE() ((void)0)
-#endif
-
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16)));
@@ -275,6 +267,15 @@ static int take(void) {
   return 1;
 }
 
+/* Tells the processor that this is a loop that waits. */
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 static int64_t now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -334,7 +335,12 @@ static void run(product *p, ptrdiff_t chunks) {
   }
   while (take()) {
   }
-  for (int i = 0; atomic_load(&pool.done) < chunks; i++) i < 1000 ? PAUSE() : (void)sched_yield();
+  for (int i = 0; atomic_load(&pool.done) < chunks; i++) {
+    if (i < 1000)
+      pause_briefly();
+    else
+      sched_yield();
+  }
   pthread_mutex_unlock(&pool.owner);
 }
 

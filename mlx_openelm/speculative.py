@@ -87,6 +87,7 @@ def speculative_generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_kv_size: int | None = None,
+    kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -119,7 +120,7 @@ def speculative_generate_step(
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
     if num_draft_tokens < 1:
         raise InputError(f"num_draft_tokens must be at least 1, not {num_draft_tokens}")
-    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size)
+    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
     if cache.room() is None:
         raise InputError(
             "speculative decoding can't be combined with a context that slides (max_kv_size)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -298,6 +299,27 @@ def test_not_a_number_stays_where_it_is(kernel: Kernel) -> None:
     c[:] = 2
     kernel(ROW_MAJOR, NO_TRANS, TRANS, 2, 7, 33, 0.0, a, 33, b, 33, 1.0, c, 7)
     assert (c == 2).all()  # nothing is added, not even 0 × NaN
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_nothing_is_read_beyond_a_matrix(kernel: Kernel, transposed: bool) -> None:
+    """Matrices that end where a page ends, and after it one that can't be read: else, a crash."""
+    kernel.set()
+    page = mmap.PAGESIZE
+    protect = ctypes.CDLL(None).mprotect
+    for rows, columns, inner in [(1, 5, 13), (3, 6, 9), (4, 7, 3), (5, 1, 1)]:
+        ended = []
+        for size in (rows * inner, columns * inner, rows * columns):
+            area = np.frombuffer(mmap.mmap(-1, 2 * page), np.uint8)
+            barred = ctypes.c_void_p(area.ctypes.data + page)
+            assert protect(barred, ctypes.c_size_t(page), 0) == 0
+            ended.append(area[page - 4 * size : page].view(np.float32))
+        a, b, c = ended
+        a[:], b[:] = 1, 1
+        flag, length = (TRANS, inner) if transposed else (NO_TRANS, columns)
+        kernel(ROW_MAJOR, NO_TRANS, flag, rows, columns, inner, 1.0, a, inner, b, length, 0.0,
+               c, columns)  # fmt: skip
+        assert (c == inner).all()
 
 
 @pytest.mark.parametrize(

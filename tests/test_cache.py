@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError
+from mlx_openelm import InputError, OpenELM
 from mlx_openelm.cache import FIRST_CAPACITY, KEPT_TOKENS, SLIDING_STEP
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.tokenizer import Tokenizer
 
 from . import reference
 from .models import CONFIGS, UNEVEN, random_model
@@ -121,3 +122,40 @@ def test_a_cache_belongs_to_one_batch_size() -> None:
     model(mx.array([[1, 2]]), cache)
     with pytest.raises(InputError, match="holds 1 sequences, the tokens are of 2"):
         model(mx.array([[1], [2]]), cache)
+
+
+@pytest.mark.parametrize(("bits", "size", "error"), [(8, 0.2813, 0.004), (4, 0.1563, 0.05)])
+def test_a_quantized_cache_is_smaller_and_near(
+    demo: tuple[OpenELM, Tokenizer], bits: int, size: float, error: float
+) -> None:
+    """The error is that of the logits, root mean square over root mean square."""
+    model, tokenizer = demo
+    tokens = mx.array([tokenizer.encode("There was once a king who had three daughters. " * 12)])
+    plain, small = model.make_cache(), model.make_cache(kv_bits=bits)
+    wanted = np.array(model(tokens, plain))
+    parts = [model(tokens[:, :100], small), model(tokens[:, 100:], small)]
+    found = np.array(mx.concatenate(parts, axis=1))
+    assert small.nbytes / plain.nbytes == pytest.approx(size, abs=1e-3)
+    assert 0 < np.square(found - wanted).mean() < error**2 * np.square(wanted).mean()
+
+
+def test_a_quantized_cache_slides_and_is_trimmed(demo: tuple[OpenELM, Tokenizer]) -> None:
+    model, _ = demo
+    tokens = mx.array([list(range(3, 90))])
+    cache = model.make_cache(32, kv_bits=8)
+    done = 0
+    while done < tokens.shape[1]:
+        count = cache.longest_step(tokens.shape[1] - done)
+        logits = model(tokens[:, done : done + count], cache)
+        done += count
+    assert np.isfinite(np.array(logits)).all()
+    cache = model.make_cache(kv_bits=4)
+    whole = model(tokens, cache)
+    cache.trim(5)
+    again = model(tokens[:, -5:], cache)
+    assert mx.abs(again - whole[:, -5:]).max().item() < 0.5
+
+
+def test_a_head_that_no_group_divides_is_refused() -> None:
+    with pytest.raises(InputError, match="kv_bits needs a head_dim that is a multiple of 32"):
+        random_model(CONFIG).make_cache(kv_bits=8)

@@ -241,7 +241,7 @@ def test_our_own_in_every_way(demo: tuple[OpenELM, Tokenizer]) -> None:
     for options in ({"draft_model": "demo-draft"}, {"prompt_lookup": True}):
         drafted = runtime.run(Workload(TINY, 12, options))
         assert drafted.tokens == [wanted]
-        assert drafted.statistics["tokens a step"] >= 1
+        assert drafted.statistics["tokens per step"] >= 1
         assert 0 <= drafted.statistics["acceptance"] <= 1
 
 

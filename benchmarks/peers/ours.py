@@ -44,7 +44,7 @@ def load(directory: Path) -> Runtime:
             tokens.append(response[0])
         statistics = {}
         if found.steps:
-            statistics = {"acceptance": found.acceptance, "tokens a step": found.tokens_per_step}
+            statistics = {"acceptance": found.acceptance, "tokens per step": found.tokens_per_step}
         return Measured(times[0], times[-1] - times[0], [tokens], times, statistics)
 
     cache = model.make_cache()
