@@ -310,8 +310,8 @@ def drift(found: list[Row], _: Results) -> Figure:
         if points:
             label, names = model_label(some[0].model), list(dict.fromkeys(n for n, _ in points))
             ticks = [float(i) for i in range(1, max(len(p) for _, p in points) + 1)]
-            y = "tokens per second"
-            charts.append(Plane(label, says, "tenth", y, points, names, linear=True, x_ticks=ticks))
+            x, y = "tenth of the generation", "tokens per second"
+            charts.append(Plane(label, says, x, y, points, names, linear=True, x_ticks=ticks))
     return Figure("A long generation", says, charts)
 
 
