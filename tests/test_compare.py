@@ -182,12 +182,11 @@ import mlx_openelm.decoding as decoding
 real = decoding.generate_step
 
 def slow(*arguments, **options):
-    "Each token takes as long as a clock says: what a slower network would be, but repeatable."
-    last = None
-    for item in real(*arguments, **options):
-        if last is not None:
-            time.sleep(max(0.0, last + float(os.environ["PACE"]) - time.perf_counter()))
-        last = time.perf_counter()
+    "Tokens come when a clock says: a slower network, but repeatable on a busy machine."
+    for i, item in enumerate(real(*arguments, **options)):
+        if i == 0:
+            start = time.perf_counter()
+        time.sleep(max(0.0, start + i * float(os.environ["PACE"]) - time.perf_counter()))
         yield item
 
 decoding.generate_step = slow
