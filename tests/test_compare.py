@@ -162,6 +162,15 @@ def test_a_difference_too_small_for_a_word_is_a_tie() -> None:
     assert ours(compare(a, b))["decode"] == ["a tie"] * 2
 
 
+def test_three_trials_are_too_few_to_say() -> None:
+    a, b = (
+        measured.results(machinery=measured.Machinery(seed), slowdown=1 + seed, trials=3)
+        for seed in (0, 1)
+    )
+    assert {v for some in ours(compare(a, b)).values() for v in some} == {"too few"}
+    assert conclusion(compare(a, b)) == "mlx-openelm: 12 with too few trials to say (4 a run)."
+
+
 def test_only_the_same_work_is_compared() -> None:
     a, b = pair(1)
     other = [m for m in b.measurements if m.work != measured.DECODE]
@@ -227,7 +236,7 @@ def test_an_injected_slowdown_is_found_in_a_measured_run(
     assert ours(compare(a, b)) == {"decode": ["a tie"]}
     assert ours(compare(a, slower)) == {"decode": ["slower"]}
     [change] = compare(a, slower)
-    assert change.ratio.value == pytest.approx(1 / 1.1, abs=0.02)
+    assert change.ratio.value == pytest.approx(1 / 1.1, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------
