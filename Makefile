@@ -50,12 +50,12 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp per set of extras: pip runs again only when pyproject.toml has changed.
+# A stamp per set of extras: pip runs again only when what it builds from has changed.
 $(call installed,): EXTRAS = $(call extras,)
 $(call installed,test-): EXTRAS = $(call extras,test)
 $(call installed,dev-): EXTRAS = $(call extras,dev)
 
-$(call installed,) $(call installed,test-) $(call installed,dev-): pyproject.toml | $(BIN)/pip
+$(call installed,) $(call installed,test-) $(call installed,dev-): pyproject.toml setup.py mlx_openelm/sgemm.c | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.$(EXTRAS)'
 	@touch $@
 

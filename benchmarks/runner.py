@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Worker:
     """A runtime in a process of its own; see `worker`.
 
     Attributes:
-        ready: what it said when the model was loaded: version and load_seconds.
+        ready: what it said when the model was loaded: version, load_seconds, peak_bytes, note.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Worker:
     ) -> None:
         self.peer, self.time_limit = peer, time_limit
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        # In a session of its own, so that Ctrl-C is for the one who runs the benchmark
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker", peer, str(directory)],
             stdin=subprocess.PIPE,
@@ -47,41 +48,60 @@ class Worker:
             stderr=self._errors,
             text=True,
             env={**os.environ, **_AS_INSTALLED.get(peer, {}), **(environment or {})},
+            start_new_session=True,
         )
-        self.ready = self._answer()
+        try:
+            self.ready = self._answer(time_limit)
+        except BaseException:
+            self.close()
+            raise
 
-    def run(self, workload: Workload) -> dict[str, Any]:
-        """The fields of a `Measured`, and `peak_bytes`, resident.
+    def run(self, workload: Workload, time_limit: float | None = None) -> dict[str, Any]:
+        """The fields of a `Measured`, and `peak_bytes`, resident, and `mlx_peak_bytes`.
 
         Raises:
             OpenELMError: when the runtime crashes, or takes longer than the time limit.
         """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone; why, its answer will say
-        return self._answer()
+        return self._ask(asdict(workload), time_limit or self.time_limit)
+
+    def graph(self) -> dict[str, Any]:
+        """The fields of a `Graph`; empty for a runtime that isn't on MLX.
+
+        Raises:
+            OpenELMError: as `run`.
+        """
+        return self._ask({"graph": True}, self.time_limit)
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.communicate()
+        with suppress(OSError, ValueError):  # what it wasn't told any more
+            self._process.communicate()
         self._errors.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _ask(self, question: dict[str, Any], time_limit: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it is gone; why, its answer will say
+        return self._answer(time_limit)
+
+    def _answer(self, time_limit: float) -> dict[str, Any]:
         assert self._process.stdout is not None
-        timer = threading.Timer(self.time_limit, self._process.kill)
+        timer = threading.Timer(time_limit, self._process.kill)
         timer.start()
         line = self._process.stdout.readline()
         in_time = timer.is_alive()
         timer.cancel()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise OpenELMError(f"{self.peer}: {answer['error']}")
             return answer
         if not in_time:
-            raise OpenELMError(f"{self.peer}: took longer than {self.time_limit:g} s")
+            raise OpenELMError(f"{self.peer}: took longer than {time_limit:.4g} s")
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         raise OpenELMError(f"{self.peer}: {said[-1] if said else 'ended without a word'}")

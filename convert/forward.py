@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_openelm.cache import view
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.model import Layer, attention, feed_forward
+from mlx_openelm.network import attention, feed_forward
 from mlx_openelm.quantization import Matrix
+from mlx_openelm.weights import Layer
 
 from .sources import LazyTensor
 
@@ -42,13 +43,13 @@ def stages(
     table = tensors[EMBEDDINGS]
     x = mx.concatenate([_float32(table.rows(i, i + 1)) for i in tokens])[None]
     yield _stage("embeddings", x, [_largest(x)])
-    seen = view(mx.array(0), length, length, None, None)
+    seen = view(mx.array(0), length, length)
     for i, kv_heads in enumerate(config.num_kv_heads):
         largest: list[mx.array] = []
         layer = _layer(tensors, f"transformer.layers.{i}.", largest)
-        room = mx.zeros((1, kv_heads, length, config.head_dim))
+        room = (mx.zeros((1, 2 * kv_heads, length, config.head_dim)),)
         h = mx.fast.rms_norm(x, layer.attn_norm, eps)
-        x = x + attention(config, layer, h, room, room, seen)[0]
+        x = x + attention(config, layer, h, room, seen)[0]
         x = x + feed_forward(config, layer, mx.fast.rms_norm(x, layer.ffn_norm, eps))
         yield _stage(f"layer {i}", x, [*largest, _largest(x)])
     x = mx.fast.rms_norm(x, _float32(tensors["transformer.norm.weight"].read()), eps)

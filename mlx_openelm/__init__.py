@@ -18,6 +18,7 @@ except ImportError as error:
         f"pip install mlx ({error})"
     ) from error
 
+from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache
 from .checkpoint import load
 from .config import OpenELMConfig
@@ -30,12 +31,15 @@ from .sampling import make_logits_processors, make_sampler
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchResponse",
+    "BatchStats",
     "GenerationResponse",
     "InputError",
     "KVCache",
     "OpenELM",
     "OpenELMConfig",
     "OpenELMError",
+    "batch_generate",
     "generate",
     "load",
     "make_logits_processors",

@@ -2,7 +2,8 @@
 
 MLX's Linux wheel brings the reference BLAS, some 30 times slower than an optimised one. Symbols of
 a library that is loaded globally before MLX go before those of the library that MLX brings, so a
-system's OpenBLAS only has to be loaded in time.
+system's OpenBLAS or MKL only has to be loaded in time. Before that goes a kernel of our own
+(sgemm.c) for products with few rows, which is what decoding consists of; it passes the others on.
 """
 
 from __future__ import annotations
@@ -11,16 +12,26 @@ import ctypes
 import os
 import sys
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
-VARIABLE = "MLX_OPENELM_BLAS"  # "0": load none; anything else: load this library
-SONAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblaso.so.0")
+VARIABLE = "MLX_OPENELM_BLAS"  # "0": load nothing; "own": the kernel alone; else a library's name
+SONAMES = (
+    "libopenblas.so.0",
+    "libopenblasp.so.0",
+    "libopenblaso.so.0",
+    "libmkl_rt.so.3",
+    "libmkl_rt.so.2",
+)
+# Not there if no compiler was at installation
+KERNEL = next(Path(__file__).parent.glob("_sgemm.*so"), None)
 
 in_use: str | None = None
-"""The library that was loaded; None: MLX uses its own."""
+"""What MLX multiplies float32 matrices with, in words; None: its own BLAS."""
 
 
 def load() -> None:
-    """Load the system's OpenBLAS, or what `VARIABLE` names, unless MLX is there already.
+    """Load the system's fast BLAS, or what `VARIABLE` names, and the kernel, unless MLX is there.
 
     On other systems than Linux nothing is done: there MLX uses the system's BLAS as it is.
     """
@@ -28,23 +39,72 @@ def load() -> None:
     wanted = os.environ.get(VARIABLE)
     if sys.platform != "linux" or wanted == "0" or in_use is not None:
         return
-    for name in (wanted,) if wanted else SONAMES:
+    name = None if wanted == "own" else _find(wanted)
+    if name is None and (KERNEL is None or wanted not in (None, "", "own")):
+        return
+    if "mlx.core" in sys.modules:
+        warnings.warn(
+            "mlx was imported before mlx_openelm and so computes with its own slow BLAS; "
+            f"import mlx_openelm first to use {name or 'the kernel for few rows'} "
+            f"({VARIABLE}=0 silences this)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    in_use = _describe(name, _load_kernel(name))
+    if name is not None:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+
+
+def _find(wanted: str | None) -> str | None:
+    """A BLAS by the name or path that loads it: the one that is wanted, else the first there is."""
+    installed = [str(Path(sys.prefix, "lib", name)) for name in SONAMES if "mkl" in name]
+    for name in (wanted,) if wanted else (*SONAMES, *installed):
         try:
             library = ctypes.CDLL(name, mode=os.RTLD_LOCAL)
         except OSError as error:
             if wanted:
-                warnings.warn(f"{VARIABLE}={wanted}: {error}", RuntimeWarning, stacklevel=3)
+                warnings.warn(f"{VARIABLE}={wanted}: {error}", RuntimeWarning, stacklevel=4)
             continue
-        if not hasattr(library, "cblas_sgemm"):
-            continue
-        if "mlx.core" in sys.modules:
-            warnings.warn(
-                "mlx was imported before mlx_openelm and so computes with its own slow BLAS; "
-                f"import mlx_openelm first to use {name} ({VARIABLE}=0 silences this)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        in_use = name
-        return
+        if hasattr(library, "cblas_sgemm"):
+            return name
+    return None
+
+
+def _load_kernel(name: str | None) -> bool:
+    """Whether products go to the kernel now, and what it leaves to `name` or else to MLX's BLAS."""
+    if KERNEL is None or not ctypes.CDLL(str(KERNEL), mode=os.RTLD_LOCAL).sgemm_set(None, 0, 0, 0):
+        return False
+    kernel = ctypes.CDLL(str(KERNEL), mode=ctypes.RTLD_GLOBAL)
+    if _sgemm(kernel).value != _sgemm(ctypes.CDLL(None)).value:  # preloaded
+        return False
+    following = name or _libmlx()
+    most = 0 if name else 2**31 - 1  # rows and columns: at any size it is faster than MLX's
+    kernel.sgemm_set(following and _sgemm(ctypes.CDLL(following)), most, most, _threads())
+    return True
+
+
+def _sgemm(library: ctypes.CDLL) -> ctypes.c_void_p:
+    return ctypes.cast(library.cblas_sgemm, ctypes.c_void_p)
+
+
+def _libmlx() -> str | None:
+    """MLX's library: a symbol looked up in it is found in the BLAS that it is linked to."""
+    mlx = find_spec("mlx")
+    for folder in (mlx and mlx.submodule_search_locations) or ():
+        path = Path(folder, "lib", "libmlx.so")
+        if path.exists():
+            return str(path)
+    return None
+
+
+def _threads() -> int:
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return max(1, int(wanted)) if wanted.isdecimal() else len(os.sched_getaffinity(0))
+
+
+def _describe(name: str | None, kernel: bool) -> str | None:
+    parts = [Path(name).name] if name else []
+    if kernel:
+        parts.append("few rows: own kernel" if name else "own kernel")
+    return ", ".join(parts) or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,10 +13,11 @@ import mlx.core as mx
 from .cache import KVCache
 from .errors import InputError
 from .model import OpenELM
-from .sampling import LogitsProcessor, Sampler, make_sampler
+from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
+    from .speculative import Speculation
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | mx.array
@@ -30,13 +31,14 @@ class GenerationResponse:
         text: the text that is now certain; may be empty.
         token: its id.
         logprobs: log-probabilities of all tokens, [vocab]; not computed until used.
-        from_draft: whether a draft model proposed it.
+        from_draft: whether a draft model, or prompt lookup, proposed it.
         prompt_tokens, generation_tokens: counts; the latter includes this token.
         prompt_tps: prompt tokens per second until the first token.
         generation_tps: generated tokens per second since the first.
         peak_memory: the most that MLX has held so far, in GB (1e9 bytes).
         finish_reason: "stop" after an end-of-sequence token or a stop string, "length" when
             `max_tokens` or the context is used up, None while there is more.
+        speculation: what drafting has brought so far; None without drafts.
     """
 
     text: str
@@ -49,6 +51,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     finish_reason: str | None = None
+    speculation: Speculation | None = None
 
 
 def prefill(
@@ -58,14 +61,15 @@ def prefill(
     step_size: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
-    """Put `prompt` [L] into the cache, in chunks; returns the last position's logits [1, vocab].
+    """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
     `progress` is called with (tokens done, tokens in all) after each chunk.
 
     Raises:
         InputError: when the prompt doesn't fit into the context.
     """
-    total, done = prompt.size, 0
+    rows = prompt[None] if prompt.ndim == 1 else prompt
+    total, done = rows.shape[1], 0
     room = cache.room()
     if room is not None and total > room:
         raise InputError(
@@ -75,11 +79,11 @@ def prefill(
         )
     while True:
         count = cache.longest_step(min(step_size, total - done))
-        logits = model(prompt[None, done : done + count], cache, last_only=True)
+        logits = model(rows[:, done : done + count], cache, last_only=True)
         done += count
         if done == total:
             return logits[:, 0]
-        mx.eval(cache.keys, cache.values)
+        mx.eval(cache.buffers)
         mx.clear_cache()
         if progress:
             progress(done, total)
@@ -93,6 +97,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_kv_size: int | None = None,
+    kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -107,6 +112,7 @@ def generate_step(
         sampler: log-probabilities [1, vocab] -> token [1]; greedy by default.
         logits_processors: applied in order, before the sampler.
         max_kv_size: let the context slide (see `KVCache`).
+        kv_bits: keep keys and values in 8 or 4 bits.
         prompt_cache: what came before the prompt; updated in place.
         prefill_step_size: tokens of the prompt that one step takes.
         prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
@@ -119,7 +125,7 @@ def generate_step(
         raise InputError("the prompt is empty")
     if prefill_step_size < 1:
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
-    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size)
+    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
     sampler = sampler or make_sampler()
     processors = tuple(logits_processors or ())
     seen = prompt
@@ -129,7 +135,7 @@ def generate_step(
         for process in processors:
             logits = process(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = sampler(logprobs)
+        token = greedy(logits) if sampler is greedy else sampler(logprobs)
         mx.async_eval(token)  # type: ignore[no-untyped-call]
         return token, logprobs[0]
 
@@ -175,7 +181,8 @@ def stream_generate(
         prompt: text (a `<s>` is put in front unless it is there) or token ids (taken as is).
         max_tokens: how many tokens at most; -1: until the context is full.
         stop: strings that end the text; they are not part of it.
-        options: see `generate_step`.
+        options: see `generate_step`; with `draft_model` or `prompt_lookup`, see
+            `speculative.speculative_generate_step`.
 
     Raises:
         InputError: when the prompt is empty or too long, or an argument is out of its range.
@@ -214,19 +221,18 @@ def _stream(
     stop: StopStrings,
     options: dict[str, Any],
 ) -> Iterator[GenerationResponse]:
-    cache = options.pop("prompt_cache", None) or model.make_cache(options.pop("max_kv_size", None))
+    fresh = model.make_cache(options.pop("max_kv_size", None), options.pop("kv_bits", None))
+    cache = options.pop("prompt_cache", None) or fresh
     limit = token_limit(cache, prompt.size, max_tokens)
     detokenizer = tokenizer.detokenizer
     start = time.perf_counter()
-    steps = generate_step(
-        prompt,
-        model,
-        max_tokens=max_tokens,
-        prompt_cache=cache,
-        vocab_size=tokenizer.vocab_size,
-        **options,
-    )
-    for count, (token, logprobs) in enumerate(steps, 1):
+    options |= {
+        "max_tokens": max_tokens,
+        "prompt_cache": cache,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    steps, speculation = _steps(prompt, model, options)
+    for count, (token, logprobs, from_draft) in enumerate(steps, 1):
         now = time.perf_counter()
         if count == 1:
             first = now
@@ -241,16 +247,32 @@ def _stream(
             text=text + stop.finish() if finish_reason else text,
             token=token,
             logprobs=logprobs,
-            from_draft=False,
+            from_draft=from_draft,
             prompt_tokens=prompt.size,
             prompt_tps=prompt.size / (first - start),
             generation_tokens=count,
             generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
+            speculation=speculation,
         )
         if finish_reason:
+            steps.close()  # the cache then holds what was given, and nothing that was drafted
             return
+
+
+def _steps(
+    prompt: mx.array, model: OpenELM, options: dict[str, Any]
+) -> tuple[Generator[tuple[int, mx.array, bool], None, None], Speculation | None]:
+    """Tokens with their log-probabilities, and whether they were drafted: with drafts, or plain."""
+    if options.get("draft_model") is None and not options.get("prompt_lookup"):
+        for name in ("draft_model", "prompt_lookup", "num_draft_tokens"):
+            options.pop(name, None)
+        return ((*step, False) for step in generate_step(prompt, model, **options)), None
+    from .speculative import Speculation, speculative_generate_step
+
+    speculation = Speculation()
+    return speculative_generate_step(prompt, model, statistics=speculation, **options), speculation
 
 
 def generate(
@@ -277,10 +299,17 @@ def generate(
 
 
 def summary(response: GenerationResponse) -> str:
-    """The speeds of a finished generation, in the lines that mlx-lm prints."""
+    """The speeds of a finished generation, in mlx-lm's lines, and what drafts have brought."""
+    speculation = response.speculation
+    drafts = (
+        f"\nDrafts: {speculation.acceptance:.0%} of {speculation.drafted} tokens accepted, "
+        f"{speculation.tokens_per_step:.2f} tokens per step"
+        if speculation
+        else ""
+    )
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
-        f"Peak memory: {response.peak_memory:.3f} GB"
+        f"Peak memory: {response.peak_memory:.3f} GB{drafts}"
     )

@@ -1,24 +1,96 @@
-"""What depends on the device is decided here."""
+"""What depends on the device: one policy, decided here, printable and overridable."""
 
 from __future__ import annotations
 
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
 import mlx.core as mx
 
-from . import blas
+from . import blas, jit
+from .config import OpenELMConfig
+from .shapes import tensor_shapes
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a network is computed.
+
+    Attributes:
+        name: the device, in words.
+        dtype: what to compute in; None: in what the weights are stored in.
+        fast_kernels: MLX's fast kernels (`network`), or elementwise operations (`elementwise`).
+        compiled: steps are compiled.
+        fused_by_jit: they are only when the kernels that this needs are there (`jit`).
+        memory: bytes that quantized weights may take when they are dequantized once, at load;
+            0: they are multiplied as they are.
+    """
+
+    name: str
+    dtype: mx.Dtype | None = None
+    fast_kernels: bool = True
+    compiled: bool = True
+    fused_by_jit: bool = False
+    memory: int = 0
+
+    def dequantize(self, config: OpenELMConfig) -> bool:
+        """Whether quantized weights of this geometry are dequantized at load, into float32."""
+        values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+        return 4 * values <= self.memory
+
+    def __str__(self) -> str:
+        parts = [
+            self.name,
+            f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
+            "fast kernels" if self.fast_kernels else "elementwise operations",
+            self._compiling(),
+        ]
+        if self.memory:
+            parts.append("quantized weights dequantized once where memory allows")
+        return ", ".join(parts)
+
+    def _compiling(self) -> str:
+        if not self.compiled:
+            return "not compiled"
+        if self.fused_by_jit and not jit.ready():
+            return "not compiled until the kernels are there, which are made in the background"
+        return "compiled"
+
+
+def policy() -> Policy:
+    """What suits MLX's default device.
+
+    Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
+    MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
+    matrix slower than its values (docs/performance.md).
+    """
+    if mx.default_device().type != mx.DeviceType.cpu:
+        info = mx.device_info()
+        return Policy(str(info.get("device_name", "GPU")))
+    return Policy(
+        f"CPU, BLAS: {blas.in_use or 'that of MLX'}",
+        mx.float32,
+        fast_kernels=False,
+        fused_by_jit=True,
+        memory=_available_memory() // 2,
+    )
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """What to compute in, for weights stored in `stored`.
-
-    A GPU computes in the stored dtype. MLX's CPU backend has no vector instructions for half
-    precision (docs/performance.md), so there it is float32.
-    """
-    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else stored
+    """What to compute in, for weights stored in `stored`."""
+    return policy().dtype or stored
 
 
-def describe() -> str:
-    """What is computed on, and with what, in words."""
-    device = mx.default_device()
-    if device.type != mx.DeviceType.cpu:
-        return f"{device.type.name.upper()} ({mx.device_info().get('device_name', 'unknown')})"
-    return f"CPU, in float32, BLAS: {blas.in_use or 'that of MLX'}"
+def _available_memory() -> int:
+    """Bytes that can be used without swapping; half of the memory where it isn't known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -106,10 +107,16 @@ class Matrix:
     biases: mx.array | None = None
     scheme: Scheme | None = None
 
+    @cached_property
+    def transposed(self) -> mx.array:
+        """The weight as [columns, rows]: a view, made once and not in every step's graph."""
+        mx.eval(transposed := self.weight.T)
+        return transposed
+
     def __call__(self, x: mx.array) -> mx.array:
         """`x` [..., columns] → `x @ matrix.T` [..., rows]."""
         if self.scheme is None:
-            return x @ self.weight.T
+            return x @ self.transposed
         assert self.scales is not None
         return mx.quantized_matmul(
             x,
@@ -120,11 +127,22 @@ class Matrix:
             **self.scheme.to_dict(),
         )
 
+    def add_to(self, y: mx.array, x: mx.array) -> mx.array:
+        """`y` [..., rows] and `x` [..., columns] → `y + x @ matrix.T`."""
+        return mx.addmm(y, x, self.transposed) if self.scheme is None else y + self(x)
+
+    def dequantize(self, dtype: mx.Dtype) -> Matrix:
+        """The same matrix unquantized, in `dtype`."""
+        return self if self.scheme is None else Matrix(self._values(..., dtype))
+
     def take(self, rows: mx.array, dtype: mx.Dtype) -> mx.array:
         """`rows` [...] of integers → those rows, [..., columns], in `dtype`."""
         if self.scheme is None:
             return self.weight[rows].astype(dtype)
-        assert self.scales is not None
+        return self._values(rows, dtype)
+
+    def _values(self, rows: Any, dtype: mx.Dtype) -> mx.array:
+        assert self.scheme is not None and self.scales is not None
         return mx.dequantize(
             self.weight[rows],
             self.scales[rows],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import mlx.core as mx
 
@@ -46,31 +47,79 @@ def make_sampler(
     _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "at least 1")
     _check("top_k", top_k, top_k >= 0, "at least 0")
     if temp == 0:
-        return _greedy
-    key = None if seed is None else mx.random.key(seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        if 0 < top_p < 1:
-            logprobs = keep_top_p(logprobs, top_p)
-        if min_p > 0:
-            logprobs = keep_min_p(logprobs, min_p, min_tokens_to_keep)
-        if 0 < top_k < logprobs.shape[-1]:
-            logprobs = keep_top_k(logprobs, top_k)
-        if key is None:
-            return mx.random.categorical(logprobs * (1 / temp))
-        key, now = mx.random.split(key)
-        return mx.random.categorical(logprobs * (1 / temp), key=now)
-
-    return sample
+        return greedy
+    filters: list[Callable[[mx.array], mx.array]] = []
+    if 0 < top_p < 1:
+        filters.append(partial(keep_top_p, p=top_p))
+    if min_p > 0:
+        filters.append(partial(keep_min_p, min_p=min_p, at_least=min_tokens_to_keep))
+    if top_k > 0:
+        filters.append(partial(keep_top_k, k=top_k))
+    return Draws(temp, tuple(filters), seed)
 
 
-def _greedy(logprobs: mx.array) -> mx.array:
+def greedy(logprobs: mx.array) -> mx.array:
+    """The likeliest tokens [B] of [B, vocab]."""
     return mx.argmax(logprobs, axis=-1)
+
+
+class Draws:
+    """The sampler of `make_sampler` at a temperature above 0.
+
+    Every draw with a seed has a number, and what it gives depends on its number and not on the
+    draws before it. So a token that was drafted, rejected and drawn again is the same token.
+    """
+
+    def __init__(
+        self,
+        temp: float,
+        filters: tuple[Callable[[mx.array], mx.array], ...] = (),
+        seed: int | None = None,
+    ) -> None:
+        self.temp = temp
+        self.filters = filters
+        self.seeded = seed is not None
+        self._chain = None if seed is None else mx.random.key(seed)
+        self._keys: list[mx.array] = []  # of the draws to come
+
+    def scaled(self, logprobs: mx.array) -> mx.array:
+        """Logits [B, vocab] whose softmax is the distribution that is drawn from."""
+        for keep in self.filters:
+            logprobs = keep(logprobs)
+        return logprobs * (1 / self.temp)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Tokens [B]; the next draw."""
+        token = mx.random.categorical(self.scaled(logprobs), key=self._key(0))
+        self.advance(1)
+        return token
+
+    def ahead(self, logprobs: mx.array, first: int = 0) -> mx.array:
+        """Tokens [n]: of row `i` [n, vocab], what the draw `first + i` after the next one gives."""
+        logits = self.scaled(logprobs)
+        draws = [
+            mx.random.categorical(logits[i : i + 1], key=self._key(first + i))
+            for i in range(logits.shape[0])
+        ]
+        return mx.concatenate(draws) if len(draws) > 1 else draws[0]
+
+    def advance(self, count: int) -> None:
+        """`count` draws that were made `ahead` hold."""
+        del self._keys[:count]
+
+    def _key(self, number: int) -> mx.array | None:
+        if self._chain is None:
+            return None
+        while len(self._keys) <= number:
+            self._chain, key = mx.random.split(self._chain)
+            self._keys.append(key)
+        return self._keys[number]
 
 
 def keep_top_k(logprobs: mx.array, k: int) -> mx.array:
     """All but the `k` largest of [B, vocab] become -inf; of equals at the edge, any."""
+    if k >= logprobs.shape[-1]:
+        return logprobs
     rest = mx.argpartition(-logprobs, kth=k - 1, axis=-1)[..., k:]
     return mx.put_along_axis(logprobs, rest, mx.array(-math.inf, logprobs.dtype), axis=-1)
 

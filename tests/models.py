@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_openelm import OpenELM, OpenELMConfig
+from mlx_openelm.device import Policy
 
 from . import reference
 
@@ -28,7 +29,8 @@ CONFIGS = {
 }
 
 
-def random_model(config: OpenELMConfig, seed: int = 0) -> OpenELM:
+def random_model(config: OpenELMConfig, policy: Policy | None = None, seed: int = 0) -> OpenELM:
     """A float32 model with the reference's random weights."""
     weights = reference.random_weights(config, seed)
-    return OpenELM(config, {name: mx.array(value) for name, value in weights.items()})
+    arrays = {name: mx.array(value) for name, value in weights.items()}
+    return OpenELM(config, arrays, policy=policy)

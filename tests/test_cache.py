@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError
+from mlx_openelm import InputError, OpenELM
 from mlx_openelm.cache import FIRST_CAPACITY, KEPT_TOKENS, SLIDING_STEP
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.tokenizer import Tokenizer
 
 from . import reference
 from .models import CONFIGS, UNEVEN, random_model
@@ -28,7 +29,7 @@ def test_buffers_double_up_to_the_context() -> None:
     capacities = []
     for _ in range(CONFIG.max_context_length):
         model(mx.array([[1]]), cache)
-        mx.eval(cache.keys, cache.values)
+        mx.eval(cache.buffers)
         capacities.append(cache.capacity)
     assert sorted(set(capacities)) == [FIRST_CAPACITY, 2 * FIRST_CAPACITY, 600]
     per_position = 4 * sum(2 * k * CONFIG.head_dim for k in CONFIG.num_kv_heads)
@@ -43,12 +44,12 @@ def test_a_token_is_written_in_place() -> None:
     model = random_model(config)
     cache = model.make_cache()
     cache.reserve(1, 1 << 15)
-    mx.eval(cache.keys, cache.values)
+    mx.eval(cache.buffers)
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(20):
-        mx.eval(model(mx.array([[1]]), cache), cache.keys, cache.values)
-    largest_buffer = max(k.nbytes for k in cache.keys)
+        mx.eval(model(mx.array([[1]]), cache), cache.buffers)
+    largest_buffer = max(array.nbytes for (array,) in cache.buffers)
     assert mx.get_peak_memory() - held < largest_buffer
 
 
@@ -78,7 +79,7 @@ def sliding_logits(max_size: int, steps: list[int], tokens: mx.array) -> mx.arra
             return mx.concatenate(parts, axis=1)
         count = cache.longest_step(min(wanted, tokens.shape[1] - done))
         parts.append(model(tokens[:, done : done + count], cache))
-        mx.eval(parts[-1], cache.keys, cache.values)
+        mx.eval(parts[-1], cache.buffers)
         done += count
     raise AssertionError
 
@@ -103,7 +104,7 @@ def test_a_sliding_context_has_no_end() -> None:
     cache = model.make_cache(8)
     for _ in range(CONFIG.max_context_length + 100):
         logits = model(mx.array([[3]]), cache)
-        mx.eval(logits, cache.keys, cache.values)
+        mx.eval(logits, cache.buffers)
     assert cache.offset == 700
     assert cache.capacity == 8 + SLIDING_STEP - 1
     assert np.isfinite(np.array(logits)).all()
@@ -121,3 +122,40 @@ def test_a_cache_belongs_to_one_batch_size() -> None:
     model(mx.array([[1, 2]]), cache)
     with pytest.raises(InputError, match="holds 1 sequences, the tokens are of 2"):
         model(mx.array([[1], [2]]), cache)
+
+
+@pytest.mark.parametrize(("bits", "size", "error"), [(8, 0.2813, 0.004), (4, 0.1563, 0.05)])
+def test_a_quantized_cache_is_smaller_and_near(
+    demo: tuple[OpenELM, Tokenizer], bits: int, size: float, error: float
+) -> None:
+    """The error is that of the logits, root mean square over root mean square."""
+    model, tokenizer = demo
+    tokens = mx.array([tokenizer.encode("There was once a king who had three daughters. " * 12)])
+    plain, small = model.make_cache(), model.make_cache(kv_bits=bits)
+    wanted = np.array(model(tokens, plain))
+    parts = [model(tokens[:, :100], small), model(tokens[:, 100:], small)]
+    found = np.array(mx.concatenate(parts, axis=1))
+    assert small.nbytes / plain.nbytes == pytest.approx(size, abs=1e-3)
+    assert 0 < np.square(found - wanted).mean() < error**2 * np.square(wanted).mean()
+
+
+def test_a_quantized_cache_slides_and_is_trimmed(demo: tuple[OpenELM, Tokenizer]) -> None:
+    model, _ = demo
+    tokens = mx.array([list(range(3, 90))])
+    cache = model.make_cache(32, kv_bits=8)
+    done = 0
+    while done < tokens.shape[1]:
+        count = cache.longest_step(tokens.shape[1] - done)
+        logits = model(tokens[:, done : done + count], cache)
+        done += count
+    assert np.isfinite(np.array(logits)).all()
+    cache = model.make_cache(kv_bits=4)
+    whole = model(tokens, cache)
+    cache.trim(5)
+    again = model(tokens[:, -5:], cache)
+    assert mx.abs(again - whole[:, -5:]).max().item() < 0.5
+
+
+def test_a_head_that_no_group_divides_is_refused() -> None:
+    with pytest.raises(InputError, match="kv_bits needs a head_dim that is a multiple of 32"):
+        random_model(CONFIG).make_cache(kv_bits=8)

@@ -94,6 +94,7 @@ def test_chat_puts_the_prompt_into_the_instruct_format(
         (["--model", str(Path(__file__).parent)], "config.json: No such file"),
         (["--tokenizer", "./nowhere.model"], "./nowhere.model: no such file"),
         (["--max-kv-size", "2"], "max_kv_size must be more than 4"),
+        (["--kv-bits", "3"], "kv_bits must be 4 or 8, not 3"),
         (["--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
     ],
 )

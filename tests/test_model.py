@@ -6,13 +6,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, load
+from mlx_openelm import InputError, OpenELM, device, load
+from mlx_openelm.cache import FIRST_CAPACITY
+from mlx_openelm.model import LENGTHS
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 
 from . import reference
 from .models import CONFIGS, UNEVEN, random_model
 
 BOUND = 1e-4  # max abs difference of float32 logits; they are of the order of 1 to 10
+POLICIES = {
+    "elementwise, compiled": device.Policy("CPU", mx.float32, fast_kernels=False),
+    "elementwise": device.Policy("CPU", mx.float32, fast_kernels=False, compiled=False),
+    "fast kernels, compiled": device.Policy("a GPU"),
+    "fast kernels": device.Policy("a GPU", compiled=False),
+}
 
 
 def tokens_for(vocab: int, batch: int, length: int, seed: int = 1) -> np.ndarray:
@@ -20,13 +28,13 @@ def tokens_for(vocab: int, batch: int, length: int, seed: int = 1) -> np.ndarray
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_logits_are_the_references(name: str, batch: int) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_logits_are_the_references(name: str, policy: str) -> None:
     config = CONFIGS[name]
     weights = reference.random_weights(config, seed=0)
-    tokens = tokens_for(config.vocab_size, batch, 40)
+    tokens = tokens_for(config.vocab_size, 3, 40)
     wanted = reference.logits(config, weights, tokens)
-    logits = random_model(config)(mx.array(tokens))
+    logits = random_model(config, POLICIES[policy])(mx.array(tokens))
     assert np.abs(wanted).max() > 1
     assert np.abs(np.array(logits) - wanted).max() < BOUND
 
@@ -42,13 +50,16 @@ def test_logits_of_the_demo_are_the_references() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_through_the_cache_give_the_logits_of_one_pass(name: str, chunk: int) -> None:
+def test_chunks_through_the_cache_give_the_logits_of_one_pass(
+    name: str, policy: str, chunk: int
+) -> None:
     config = CONFIGS[name]
     weights = reference.random_weights(config, seed=0)
     tokens = tokens_for(config.vocab_size, 3, 70)
     wanted = reference.logits(config, weights, tokens)
-    model = random_model(config)
+    model = random_model(config, POLICIES[policy])
     cache = model.make_cache()
     parts = [
         model(mx.array(tokens[:, i : i + chunk]), cache) for i in range(0, tokens.shape[1], chunk)
@@ -84,11 +95,13 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme)
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{part}": a for part, a in matrix.arrays()}
             dequantized[name] = np.array(matrix.take(mx.arange(array.shape[0]), mx.float32))
-    model = OpenELM(config, stored, Quantization(scheme))
-    assert model.parameters().keys() == stored.keys()
     tokens = tokens_for(config.vocab_size, 2, 12)
     wanted = reference.logits(config, dequantized, tokens)
-    assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
+    for memory in (0, 1 << 20):
+        policy = device.Policy("CPU", mx.float32, fast_kernels=False, memory=memory)
+        model = OpenELM(config, stored, Quantization(scheme), policy=policy)
+        assert model.parameters().keys() == (dequantized if memory else stored).keys()
+        assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
 
 
 def test_parameters_are_the_tensors_it_was_made_of() -> None:
@@ -122,7 +135,58 @@ def test_half_precision_stays_near_the_reference() -> None:
     weights = reference.random_weights(config, seed=0)
     tokens = tokens_for(config.vocab_size, 1, 12)
     wanted = reference.logits(config, weights, tokens)
-    model = OpenELM(config, {k: mx.array(v) for k, v in weights.items()}, dtype=mx.bfloat16)
+    arrays = {k: mx.array(v) for k, v in weights.items()}
+    policy = device.Policy("a GPU", compiled=False)  # on a CPU MLX would compile C++ for this
+    model = OpenELM(config, arrays, dtype=mx.bfloat16, policy=policy)
     logits = model(mx.array(tokens))
     assert logits.dtype == mx.bfloat16
     assert np.abs(np.array(logits.astype(mx.float32)) - wanted).max() < 0.25
+
+
+def padded_logits(model: OpenELM, tokens: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    """Logits of sequences of different lengths in one cache, padded in front, two steps."""
+    longest = max(lengths)
+    cache = model.make_cache(lengths=lengths)
+    rows = np.zeros((len(lengths), longest), int)
+    for row, sequence, n in zip(rows, tokens, lengths, strict=True):
+        row[longest - n :] = sequence[:n]
+    parts = [model(mx.array(rows[:, :-3]), cache), model(mx.array(rows[:, -3:]), cache)]
+    logits = np.array(mx.concatenate(parts, axis=1))
+    return [row[longest - n :] for row, n in zip(logits, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sequences_of_different_lengths_share_a_cache(policy: str) -> None:
+    config = CONFIGS["uneven"]
+    weights = reference.random_weights(config, seed=0)
+    tokens, lengths = tokens_for(config.vocab_size, 3, 20), [20, 3, 11]
+    found = padded_logits(random_model(config, POLICIES[policy]), tokens, lengths)
+    for sequence, n, logits in zip(tokens, lengths, found, strict=True):
+        wanted = reference.logits(config, weights, sequence[None, :n])[0]
+        assert np.abs(logits - wanted).max() < BOUND
+
+
+def test_a_step_is_compiled_once_a_shape_and_memory_is_the_caches() -> None:
+    """3,000 tokens: one trace for every capacity, and no memory but the buffers."""
+    config = CONFIGS["uneven"].__class__(**{**UNEVEN, "max_context_length": 4096})
+    model = random_model(config, POLICIES["elementwise, compiled"])
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[1]]), cache), cache.buffers)
+    mx.clear_cache()
+    held = mx.get_active_memory() - cache.nbytes
+    for _ in range(2999):
+        mx.eval(model(mx.array([[1]]), cache, last_only=True), cache.buffers)
+    mx.clear_cache()
+    capacities = [FIRST_CAPACITY << n for n in range(5)]
+    assert cache.capacity == capacities[-1]
+    assert model.traces == len(capacities)
+    per_position = 4 * sum(2 * heads * config.head_dim for heads in config.num_kv_heads)
+    assert cache.nbytes == cache.capacity * per_position
+    assert mx.get_active_memory() - held - cache.nbytes < 10_000
+
+
+def test_steps_of_many_lengths_are_few_shapes() -> None:
+    model = random_model(CONFIGS["uneven"], POLICIES["elementwise, compiled"])
+    for length in range(1, 130):
+        model(mx.zeros((1, length), mx.int32), last_only=True)
+    assert model.traces == len([n for n in LENGTHS if n < 130]) + 1

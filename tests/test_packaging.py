@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -31,3 +33,12 @@ def test_commands_exist(installed: metadata.Distribution) -> None:
 @pytest.mark.parametrize("name", ["convert", "benchmarks"])
 def test_top_folders_are_in_the_package(name: str) -> None:
     assert (ROOT / "mlx_openelm" / name).resolve() == ROOT / name
+
+
+def test_the_kernel_is_in_a_source_distribution(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    assert setuptools and (ROOT / "setup.py").exists()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [listed] = tmp_path.glob("*/SOURCES.txt")
+    assert {"setup.py", "mlx_openelm/sgemm.c"} <= set(listed.read_text().split())

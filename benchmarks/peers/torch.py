@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.checkpoint import open_directory
 
-from . import Measured, Run, Workload
-
-INSTALL = "pip install torch"
+from . import Measured, Runtime, Workload
 
 
 def version() -> str:
@@ -26,16 +25,19 @@ def version() -> str:
     return metadata.version("torch")
 
 
-def load(directory: Path) -> Run:
-    """On the GPU of a Mac (MPS) if there is one, in float16; else on the CPU, in float32."""
-    import torch
+def load(directory: Path) -> Runtime:
+    """On the GPU of a Mac (MPS) if there is one, else on the CPU.
 
+    In float32, but for MPS with weights that are stored in half precision or quantized: float16.
+    """
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     checkpoint = open_directory(directory)
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    half = device == "mps" and stored != {"float32"}
     weights = {}
     for name, tensor in checkpoint.tensors.items():
         values = torch.from_numpy(np.array(tensor.read().astype(_float32())))
-        weights[name] = values.to(device, torch.float16 if device == "mps" else torch.float32)
+        weights[name] = values.to(device, torch.float16 if half else torch.float32)
 
     torch.set_grad_enabled(False)
 
@@ -45,12 +47,16 @@ def load(directory: Path) -> Run:
         length = len(prompt) + workload.gen_tokens
         network = Network(torch, checkpoint.config, weights, length)
         tokens = [network.next_token(torch.tensor(prompt, device=device))]
-        first = time.perf_counter()
+        times = [time.perf_counter() - start]
         for _ in range(workload.gen_tokens - 1):
             tokens.append(network.next_token(torch.tensor(tokens[-1:], device=device)))
-        return Measured(first - start, time.perf_counter() - first, [tokens])
+            times.append(time.perf_counter() - start)
+        return Measured(times[0], times[-1] - times[0], [tokens], times)
 
-    return run
+    dtype = "float16" if half else "float32"
+    quantized = checkpoint.source.quantization is not None
+    note = f"weights dequantized to {dtype}" if quantized else f"computes in {dtype}"
+    return Runtime(run, note=note)
 
 
 def _float32() -> Any:

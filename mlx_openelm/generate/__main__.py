@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from .. import __version__, device, make_logits_processors, make_sampler
+from .. import __version__, make_logits_processors, make_sampler
 from ..checkpoint import load
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     more.add_argument(
         "--max-kv-size", type=int, metavar="N", help="remember N tokens: the context slides"
     )
+    more.add_argument(
+        "--kv-bits", type=int, metavar="N", help="remember in 8 or 4 bits: a smaller cache"
+    )
     more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="for a model without one")
     more.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit on the Hugging Face hub"
@@ -95,6 +98,7 @@ def command(args: argparse.Namespace) -> int:
         "max_tokens": args.max_tokens,
         "stop": args.stop,
         "max_kv_size": args.max_kv_size,
+        "kv_bits": args.kv_bits,
         "sampler": make_sampler(
             args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed
         ),
@@ -131,7 +135,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print()
     if args.verbose and responses:
-        tell(device.describe())
+        tell(str(model.policy))
         tell(f"Loaded in {loaded - start:.3f} s, first token after {first - loaded:.3f} s more")
         tell(summary(responses[-1]))
     return INTERRUPTED if interrupted else 0

@@ -1,0 +1,121 @@
+"""Where drafts come from: a smaller model, or what the text said before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .model import OpenELM
+from .pace import Kind
+
+SIZES = (8, 5, 3, 2)  # of the text's end, that must have occurred before; the longest counts
+SURE = {8: 0.9, 5: 0.8, 3: 0.6, 2: 0.4}  # a first guess of the acceptance after such an end
+CATCH_UP = 256  # tokens of the text that a draft model reads at most before it drafts
+
+Pick = Callable[[mx.array, list[mx.array]], mx.array]
+"""(logits [1, vocab], tokens drafted before, each [1]) -> the token [1] to draft."""
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow the text.
+
+    Attributes:
+        tokens: [n]; perhaps not computed yet.
+        kind: what is known of such drafts.
+        probs: [n, vocab], the probabilities the tokens were drawn with; None where they weren't.
+    """
+
+    tokens: mx.array
+    kind: Kind
+    probs: mx.array | None = None
+
+
+class PromptLookup:
+    """Drafts what followed when the text's last few tokens occurred before.
+
+    The index holds, for each size, where the latest occurrence of each n-gram went on; a token
+    costs as many insertions as there are sizes. (A. Saxena's prompt lookup decoding.)
+    """
+
+    SOURCE = "lookup"
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self.tokens: list[int] = []
+        self._goes_on: dict[tuple[int, ...], int] = {}
+        self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these tokens."""
+        text, goes_on = self.tokens, self._goes_on
+        for token in tokens:
+            end = len(text)
+            for size in SIZES:
+                if size <= end:
+                    goes_on[tuple(text[end - size :])] = end
+            text.append(token)
+
+    def kind(self) -> Kind | None:
+        """What kind of draft there is; None: the text's end is new."""
+        found = self._find()
+        return None if found is None else Kind(self.SOURCE, found[0], SURE[found[0]], 0.08)
+
+    def draft(self, length: int) -> list[int]:
+        """The `length` tokens that followed; where the text ends, it goes on as a loop."""
+        found = self._find()
+        assert found is not None
+        period = len(self.tokens) - found[1]
+        return [self.tokens[found[1] + i % period] for i in range(length)]
+
+    def _find(self) -> tuple[int, int] | None:
+        """Size of the longest end that occurred before, and where it went on then."""
+        text = self.tokens
+        for size in SIZES:
+            at = self._goes_on.get(tuple(text[-size:])) if size <= len(text) else None
+            if at is not None:
+                return size, at
+        return None
+
+
+class DraftModel:
+    """Drafts what a smaller model of the same vocabulary would say.
+
+    It follows the text only when it drafts, and reads at most its latest `CATCH_UP` tokens then.
+    """
+
+    kind = Kind("model")
+
+    def __init__(self, model: OpenELM) -> None:
+        self.model = model
+        self._cache = model.make_cache()
+        self._start = 0  # position in the text of the cache's first token
+        context = model.config.max_context_length
+        self._window = min(CATCH_UP, context // 2)
+        self.longest = context - self._window
+
+    @property
+    def _read(self) -> int:
+        return self._start + self._cache.offset
+
+    def draft(self, text: list[int], length: int, pick: Pick) -> list[mx.array]:
+        """`length` tokens, each [1], that may follow `text`: a graph, nothing is computed yet."""
+        self._forget(len(text) - 1)
+        behind, room = len(text) - self._read, self._cache.room()
+        if behind > self._window or (room is not None and behind + length - 1 > room):
+            self._cache.trim(self._cache.offset)
+            self._start = max(len(text) - self._window, 0)
+        tokens = mx.array(text[self._read :])
+        drafts: list[mx.array] = []
+        while True:
+            logits = self.model(tokens[None], self._cache, last_only=True)[:, 0]
+            tokens = pick(logits, drafts)
+            drafts.append(tokens)
+            if len(drafts) == length:
+                return drafts
+            if len(drafts) == 1:
+                mx.async_eval(tokens)  # type: ignore[no-untyped-call]
+
+    def _forget(self, tokens: int) -> None:
+        """Forget what was read beyond the first `tokens` of the text: drafts that didn't hold."""
+        self._cache.trim(max(self._read - tokens, 0))

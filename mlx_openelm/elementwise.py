@@ -1,0 +1,168 @@
+"""The network's step in elementwise operations, for devices that MLX has no fast kernels for.
+
+On a CPU every `mx.fast` operation falls apart into primitives, and dispatching a primitive costs
+more than what it computes in a model this small. Here norms, RoPE, mask and gate are plain
+arithmetic, which `mx.compile` fuses into one kernel each, and queries, keys and values are
+normalised and rotated together. The mathematics is that of `network`; results differ by rounding.
+
+Constants are vectors although scalars would do: `mx.compile` writes a scalar into the source of
+its kernel, so that every model would need kernels of its own, at a second of C++ compiler each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .cache import Buffer, View, read, write
+from .config import OpenELMConfig
+from .network import Step, silu
+from .quantization import Scheme
+from .weights import Layer, Weights
+
+NEVER = -1e9  # added to the score of a slot that isn't attended to; finite, since padding sees none
+
+
+class Norm(NamedTuple):
+    """x · rsqrt(Σx² · mean + eps) · weight: RMSNorm (arXiv 1910.07467, equation 4)."""
+
+    weight: mx.array
+    mean: mx.array  # 1 / the number of values
+    eps: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Over the last axis of `x` [..., dim]."""
+        squares = mx.sum(mx.square(x), axis=-1, keepdims=True)
+        return x * mx.rsqrt(squares * self.mean + self.eps) * self.weight
+
+
+class Heads(NamedTuple):
+    """What happens to each of a layer's query, key and value heads, all in one formula.
+
+    A head is held in its two halves, [heads, 2, head_dim / 2], because RoPE turns one against the
+    other. A value head passes through: mean 0 and eps 1 make its norm 1, and it doesn't turn.
+    """
+
+    query_heads: int
+    kv_heads: int
+    weight: mx.array  # the norms' weights; in those of queries, the scale of attention too
+    swapped: mx.array  # the same with the halves swapped; 0 for values
+    mean: mx.array  # [heads, 1, 1]
+    eps: mx.array
+    turns: mx.array  # bool
+
+    def __call__(
+        self, x: mx.array, shape: tuple[int, int], cos: mx.array, sin: mx.array
+    ) -> mx.array:
+        """`x` [B · L, heads · head_dim] → [B, heads, L, head_dim], normalised and rotated."""
+        B, L = shape
+        heads, _, half = self.weight.shape
+        x = x.reshape(B, L, heads, 2, half)
+        squares = mx.sum(mx.square(x), axis=(-2, -1), keepdims=True)
+        straight = x * self.weight * mx.where(self.turns, cos, 1.0)
+        across = x[..., ::-1, :] * self.swapped * sin
+        y = (straight + across) * mx.rsqrt(squares * self.mean + self.eps)
+        if L == 1:
+            return y.reshape(B, heads, L, 2 * half)
+        return y.reshape(B, L, heads, 2 * half).swapaxes(1, 2)
+
+
+def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = None) -> Step:
+    """As `network.make_step`."""
+    dtype = weights.norm.dtype
+    mean, eps = (
+        mx.full((config.model_dim,), value, dtype)
+        for value in (1 / config.model_dim, config.rms_norm_eps)
+    )
+    norms = [
+        (Norm(layer.attn_norm, mean, eps), Norm(layer.ffn_norm, mean, eps))
+        for layer in weights.layers
+    ]
+    last = Norm(weights.norm, mean, eps)
+    heads = [_heads(config, i, layer, dtype) for i, layer in enumerate(weights.layers)]
+    frequencies = config.rope_freq_constant ** (-mx.arange(0, config.head_dim, 2) / config.head_dim)
+    mx.eval(norms, last, heads, frequencies)
+
+    def step(tokens: mx.array, buffers: list[Buffer], view: View) -> tuple[mx.array, list[Buffer]]:
+        B, L = tokens.shape
+        # Rows, not sequences: a product of two matrices is one call of the BLAS.
+        x = weights.token_embeddings.take(tokens.reshape(-1), dtype)
+        angles = (view.positions[..., None] * frequencies)[:, :, None, None]
+        cos, sin = mx.cos(angles), mx.sin(angles)
+        sin = mx.concatenate([-sin, sin], axis=-2)
+        mask = mx.where(view.mask, 0.0, NEVER)[:, None]
+        new = []
+        for layer, (attn_norm, ffn_norm), split, buffer in zip(
+            weights.layers, norms, heads, buffers, strict=True
+        ):
+            h = split(layer.qkv_proj(attn_norm(x)), (B, L), cos, sin)
+            h, buffer = _attend(split, h, buffer, view, mask, scheme)
+            x = layer.out_proj.add_to(x, h)
+            h = layer.proj_1(ffn_norm(x))
+            if config.ffn_with_glu:
+                gate, up = mx.split(h, 2, axis=-1)
+                h = silu(gate) * up
+            else:
+                h = silu(h)
+            x = layer.proj_2.add_to(x, h)
+            new.append(buffer)
+        return last(x).reshape(B, L, -1), new
+
+    return step
+
+
+def _heads(config: OpenELMConfig, i: int, layer: Layer, dtype: mx.Dtype) -> Heads:
+    query_heads, kv_heads = config.num_query_heads[i], config.num_kv_heads[i]
+    groups = (query_heads, kv_heads, kv_heads)
+    ones = mx.ones((config.head_dim,), dtype)
+    normed = layer.q_norm is not None and layer.k_norm is not None
+    q_norm, k_norm = (layer.q_norm, layer.k_norm) if normed else (ones, ones)
+    q_norm = q_norm * config.head_dim**-0.5
+    weight = mx.concatenate(
+        [
+            mx.broadcast_to(norm.reshape(1, 2, -1), (count, 2, config.head_dim // 2))
+            for norm, count in zip((q_norm, k_norm, ones), groups, strict=True)
+        ]
+    )
+
+    def each(*values: float) -> mx.array:
+        parts = [mx.full((n, 1, 1), v, dtype) for n, v in zip(groups, values, strict=True)]
+        return mx.concatenate(parts)
+
+    eps = config.rms_norm_eps
+    return Heads(
+        query_heads,
+        kv_heads,
+        weight,
+        weight[:, ::-1] * each(1, 1, 0),
+        each(*[1 / config.head_dim] * 2, 0) if normed else each(0, 0, 0),
+        each(eps, eps, 1) if normed else each(1, 1, 1),
+        each(1, 1, 0) > 0,
+    )
+
+
+def _attend(
+    split: Heads,
+    heads: mx.array,
+    buffer: Buffer,
+    view: View,
+    mask: mx.array,
+    scheme: Scheme | None,
+) -> tuple[mx.array, Buffer]:
+    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer)."""
+    B, _, L, head_dim = heads.shape
+    # The query heads that share a key head are rows of one matrix.
+    queries = heads[:, : split.query_heads].reshape(B, split.kv_heads, -1, head_dim)
+    buffer = write(buffer, heads[:, split.query_heads :], view.slot, scheme)
+    keys, values = read(buffer, scheme, heads.dtype)
+    scores = queries @ keys.swapaxes(-1, -2)
+    if L == 1:
+        scores = scores + mask
+    else:
+        apart = (B, split.kv_heads, -1, L, scores.shape[-1])
+        scores = (scores.reshape(apart) + mask[:, None]).reshape(scores.shape)
+    y = mx.softmax(scores, axis=-1) @ values
+    if L > 1:
+        y = y.reshape(B, split.query_heads, L, head_dim).swapaxes(1, 2)
+    return y.reshape(B * L, -1), buffer

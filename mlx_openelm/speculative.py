@@ -1,0 +1,281 @@
+"""The loop of `decoding.py` with several tokens a step: drafted, then verified at once.
+
+Speculative decoding (Y. Leviathan et al., arXiv 2211.17192): a cheap source drafts tokens, the
+model computes the logits after all of them in one step, and those that hold are kept. What comes
+out is what the model alone gives: greedily the same tokens, sampled the same distribution, and
+with a seed the same tokens again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from .cache import KVCache
+from .choosing import Chooser
+from .decoding import prefill, token_limit
+from .drafts import Draft, DraftModel, PromptLookup
+from .errors import InputError
+from .model import OpenELM
+from .pace import LENGTHS, Kind, Pace
+from .sampling import LogitsProcessor, Sampler, make_sampler
+
+
+@dataclass
+class Speculation:
+    """What drafting has brought so far.
+
+    Attributes:
+        tokens: generated.
+        steps: of the model, that gave them.
+        drafted, accepted: tokens that were proposed, and that held.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that held."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Generated tokens per step of the model."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+class Step(NamedTuple):
+    """A step of the model on its way.
+
+    Attributes:
+        tokens: [n + 1], what the model says after the text and after each of n drafted tokens.
+        logprobs: [n + 1, vocab].
+        draft: those n; None for a plain step.
+        in_time: whether it was begun before the step before it was over.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array
+    draft: Draft | None = None
+    in_time: bool = False
+
+    def wait(self) -> list[int]:
+        """The tokens that hold: the draft as far as the model agrees, then the model's own."""
+        tokens = cast("list[int]", self.tokens.tolist())
+        drafted = cast("list[int]", self.draft.tokens.tolist()) if self.draft else []
+        for held, token in enumerate(drafted):
+            if tokens[held] != token:
+                return tokens[: held + 1]
+        return tokens
+
+
+def speculative_generate_step(
+    prompt: mx.array,
+    model: OpenELM,
+    draft_model: OpenELM | None = None,
+    *,
+    prompt_lookup: bool = False,
+    num_draft_tokens: int = LENGTHS[-1],
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    prompt_cache: KVCache | None = None,
+    prefill_step_size: int = 512,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    vocab_size: int | None = None,
+    statistics: Speculation | None = None,
+    pace: Pace | None = None,
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    """Token ids that continue `prompt` [L], as `decoding.generate_step` gives them, but sooner.
+
+    With both sources, a passage that repeats is copied, and elsewhere the draft model is asked.
+    Logits processors must depend on their arguments only: they also see drafts that don't hold.
+
+    Args:
+        draft_model: a smaller model with the same tokenizer.
+        prompt_lookup: draft what followed when the last few tokens occurred before.
+        num_draft_tokens: how many tokens are drafted at most; how many are is decided by `pace`.
+        statistics: is kept up to date.
+        pace: decides the length of each draft; its measurements can serve another generation.
+
+    Yields:
+        The token, the log-probabilities [vocab] it was chosen by, and whether it was drafted.
+
+    Raises:
+        InputError: as `generate_step`; and for a context that slides, since what was drafted in
+            vain can't be taken back there.
+    """
+    if prompt.size == 0:
+        raise InputError("the prompt is empty")
+    if prefill_step_size < 1:
+        raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
+    if num_draft_tokens < 1:
+        raise InputError(f"num_draft_tokens must be at least 1, not {num_draft_tokens}")
+    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
+    if cache.room() is None:
+        raise InputError(
+            "speculative decoding can't be combined with a context that slides (max_kv_size)"
+        )
+    vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    if draft_model is not None and draft_model.config.vocab_size < vocab_size:
+        raise InputError(
+            f"the draft model knows {draft_model.config.vocab_size} tokens, the model "
+            f"{vocab_size}: they can't have the same tokenizer"
+        )
+    return _Loop(
+        model,
+        cache,
+        Chooser(sampler or make_sampler(), logits_processors or (), prompt, vocab_size),
+        DraftModel(draft_model) if draft_model is not None else None,
+        PromptLookup() if prompt_lookup else None,
+        pace or Pace(num_draft_tokens),
+        statistics or Speculation(),
+    ).run(prompt, max_tokens, prefill_step_size, prompt_progress_callback)
+
+
+class _Loop:
+    """What `speculative_generate_step` keeps between two steps."""
+
+    def __init__(
+        self,
+        model: OpenELM,
+        cache: KVCache,
+        chooser: Chooser,
+        draft_model: DraftModel | None,
+        lookup: PromptLookup | None,
+        pace: Pace,
+        statistics: Speculation,
+    ) -> None:
+        self.model, self.cache, self.chooser = model, cache, chooser
+        self.draft_model, self.lookup = draft_model, lookup
+        self.pace, self.statistics = pace, statistics
+        self.text: list[int] = []
+        self.before = cache.offset  # positions of the cache that aren't of the text
+
+    def run(
+        self,
+        prompt: mx.array,
+        max_tokens: int,
+        prefill_step_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Generator[tuple[int, mx.array, bool], None, None]:
+        left = token_limit(self.cache, prompt.size, max_tokens)
+        assert left is not None  # the context doesn't slide
+        logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
+        step = self._chosen(logits)
+        self._extend(cast("list[int]", prompt.tolist()))
+        if progress:
+            mx.eval(step.tokens)
+            progress(prompt.size, prompt.size)
+        given = prompt.size
+        then: float | None = None
+        try:
+            while True:
+                following = None
+                if step.draft is None and left > 1 and not self._choice(left - 1):
+                    # Whatever this step gives, a plain one follows: begun before this is over.
+                    following = self._plain(step.tokens, unknown=1)
+                tokens = step.wait()
+                now = time.perf_counter()
+                self._note(step, tokens, None if then is None else now - then)
+                then = now
+                left -= len(tokens)
+                self._extend(tokens)
+                self.chooser.extend(tokens)
+                if following is None and left:
+                    following = self._next(left)
+                for i, token in enumerate(tokens):
+                    given += 1
+                    yield token, step.logprobs[i], i < len(tokens) - 1
+                if following is None:
+                    return
+                step = following
+        finally:
+            self._trim(given)
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        self.text += tokens
+        if self.lookup:
+            self.lookup.extend(tokens)
+
+    def _trim(self, tokens: int) -> None:
+        """Forget what the cache holds beyond so many tokens of the text."""
+        self.cache.trim(max(self.cache.offset - self.before - tokens, 0))
+
+    def _note(self, step: Step, tokens: list[int], seconds: float | None) -> None:
+        """Keep the accounts of a step that is over."""
+        drafted = step.draft.tokens.size if step.draft else 0
+        self.statistics.steps += 1
+        self.statistics.tokens += len(tokens)
+        self.statistics.drafted += drafted
+        self.statistics.accepted += len(tokens) - 1
+        if seconds is None:
+            return
+        if step.draft:
+            self.pace.round(step.draft.kind, drafted, len(tokens) - 1, seconds)
+        else:
+            self.pace.plain_step(seconds, step.in_time)
+
+    def _choice(self, longest: int) -> tuple[Kind, int] | None:
+        """What to draft from next, and how many tokens, if it pays."""
+        kinds = []
+        if self.lookup and (found := self.lookup.kind()):
+            kinds.append(found)
+        if self.draft_model:
+            kinds.append(self.draft_model.kind)
+            longest = min(longest, self.draft_model.longest)
+        return self.pace.choose(kinds, longest)
+
+    def _next(self, left: int) -> Step:
+        """The step that the text so far calls for; `left` tokens may follow it."""
+        self._trim(len(self.text) - 1)
+        last = mx.array(self.text[-1:])
+        choice = self._choice(left - 1)
+        if choice is None:
+            return self._plain(last)
+        kind, length = choice
+        if self.lookup and kind.source == self.lookup.SOURCE:
+            draft = Draft(mx.array(self.lookup.draft(length)), kind)
+        else:
+            assert self.draft_model is not None
+            draft = self._ask(self.draft_model, length)
+        logits = self.model(mx.concatenate([last, draft.tokens])[None], self.cache)[0]
+        return self._chosen(logits, draft=draft)
+
+    def _ask(self, draft_model: DraftModel, length: int) -> Draft:
+        """A draft of the draft model, by the rule that lets most of it hold."""
+        probs: list[mx.array] = []
+
+        def pick(logits: mx.array, drafts: list[mx.array]) -> mx.array:
+            ahead = mx.concatenate(drafts) if drafts and self.chooser.processors else None
+            return self.chooser.pick(self.chooser.processed(logits, ahead), len(drafts), probs)
+
+        tokens = draft_model.draft(self.text, length, pick)
+        return Draft(
+            mx.concatenate(tokens), draft_model.kind, mx.concatenate(probs) if probs else None
+        )
+
+    def _plain(self, token: mx.array, unknown: int = 0) -> Step:
+        """A step after `token` [1]; `unknown`: 1 if the text doesn't have it yet."""
+        logits = self.model(token[None], self.cache, last_only=True)[:, 0]
+        return self._chosen(logits, token if unknown else None)
+
+    def _chosen(
+        self, logits: mx.array, token: mx.array | None = None, draft: Draft | None = None
+    ) -> Step:
+        """The step whose `logits` are these; `token` [1] is the one before, where still unknown."""
+        ahead = draft.tokens if draft else token
+        logits = self.chooser.processed(logits, ahead)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        tokens = self.chooser.choose(logits, logprobs, 0 if token is None else 1, draft)
+        mx.async_eval(tokens)  # type: ignore[no-untyped-call]
+        return Step(tokens, logprobs, draft, in_time=token is not None)

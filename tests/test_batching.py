@@ -1,0 +1,114 @@
+"""Many sequences at once give what each gives by itself."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_openelm import (
+    InputError,
+    OpenELM,
+    batch_generate,
+    generate,
+    make_logits_processors,
+    make_sampler,
+    stream_generate,
+)
+from mlx_openelm.tokenizer import Tokenizer
+
+Demo = tuple[OpenELM, Tokenizer]
+PROMPTS = [
+    "Once upon a time",
+    "The king said to his daughter that",
+    "There",
+    "The old witch lived in a house at the end of the wood, and nobody who went there",
+]
+
+
+def alone(demo: Demo, prompt: str, max_tokens: int, **options: object) -> str:
+    return generate(*demo, prompt, max_tokens=max_tokens, **options)
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_each_sequence_is_what_it_is_alone(demo: Demo, size: int) -> None:
+    limits = [3, 40, 17, 25]
+    response = batch_generate(*demo, PROMPTS, limits, completion_batch_size=size)
+    assert response.texts == [alone(demo, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
+    assert [len(ids) for ids in response.token_ids] == limits
+    assert response.finish_reasons == ["length"] * 4
+    assert response.stats.generation_tokens == sum(limits)
+    assert response.stats.prompt_tokens == sum(len(demo[1].encode(p)) for p in PROMPTS)
+    assert response.stats.generation_tps > 0
+
+
+def test_prompts_in_chunks_and_ids(demo: Demo) -> None:
+    ids = [demo[1].encode(p) for p in PROMPTS]
+    response = batch_generate(*demo, ids, 12, prefill_step_size=4)
+    assert response.texts == [alone(demo, p, 12) for p in PROMPTS]
+
+
+def test_stop_strings_and_eos_end_one_sequence(demo: Demo) -> None:
+    stop = alone(demo, PROMPTS[0], 20)[8:14]
+    response = batch_generate(*demo, PROMPTS, 20, stop=[stop])
+    assert response.texts == [alone(demo, p, 20, stop=[stop]) for p in PROMPTS]
+    assert response.finish_reasons[0] == "stop"
+    bias = make_logits_processors(logit_bias={demo[1].eos_token_id: 1e4})
+    ended = batch_generate(*demo, PROMPTS, 20, logits_processors=bias)
+    assert ended.texts == [""] * 4
+    assert ended.finish_reasons == ["stop"] * 4
+
+
+def test_processors_see_their_own_sequence(demo: Demo) -> None:
+    penalty = make_logits_processors(repetition_penalty=1.7)
+    response = batch_generate(*demo, PROMPTS, [30, 4, 30, 9], logits_processors=penalty)
+    for prompt, text, n in zip(PROMPTS, response.texts, [30, 4, 30, 9], strict=True):
+        assert text == alone(demo, prompt, n, logits_processors=penalty)
+
+
+def test_sequences_are_sampled_apart(demo: Demo) -> None:
+    def texts() -> list[str]:
+        sampler = make_sampler(1.0, seed=3)
+        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=sampler).texts
+
+    assert texts() == texts()
+    assert len(set(texts())) == 4
+
+
+def test_the_context_ends_each_sequence_by_itself(demo: Demo) -> None:
+    context = demo[0].config.max_context_length
+    prompts = [[1] * (context - 5), [1, 7, 9]]
+    response = batch_generate(*demo, prompts, 40)
+    assert [len(ids) for ids in response.token_ids] == [6, 40]
+    wanted = [r.token for r in stream_generate(*demo, [1, 7, 9], max_tokens=40)]
+    assert response.token_ids[1] == wanted
+
+
+def test_nothing_in_nothing_out(demo: Demo) -> None:
+    assert batch_generate(*demo, []).texts == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([""], {}, "the prompt is empty"),
+        ([[1], []], {}, "prompt 1 has 0 tokens"),
+        ([[1] * 1025], {}, "prompt 0 has 1025 tokens; from 1 to the model's context of 1024"),
+        (["a"], {"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        (["a"], {"max_tokens": [1, 2]}, "max_tokens has 2 entries for 1 prompts"),
+        (["a"], {"completion_batch_size": 0}, "completion_batch_size must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused(
+    demo: Demo, prompts: list[object], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        batch_generate(*demo, prompts, **options)  # type: ignore[arg-type]
+
+
+def test_a_sliding_cache_takes_one_length(demo: Demo) -> None:
+    with pytest.raises(InputError, match="sequences of one length"):
+        demo[0].make_cache(64, lengths=[1, 2])
+    cache = demo[0].make_cache(lengths=[3, 3])
+    assert cache.starts is None
+    assert cache.room() == demo[0].config.max_context_length
+    demo[0](mx.array([[1, 2, 3], [1, 4, 5]]), cache)
