@@ -52,7 +52,8 @@ def _bars(chart: Bars, slots: Mapping[str, int]) -> Element:
         low, high = 0.0, max(ends)
     at = scale(low, high, LEFT, WIDTH - RIGHT, chart.dots)
     values = ticks(low, high, chart.dots)
-    _x_axis(svg, chart.axis, [(at(v), tick(v)) for v in values], 4, bottom, LEFT, WIDTH - RIGHT)
+    said = _apart([(at(v), tick(v)) for v in values])
+    _x_axis(svg, chart.axis, said, 4, bottom, LEFT, WIDTH - RIGHT)
     if chart.one:
         _line(svg, at(1), 4, at(1), bottom, "one")
     y = 4.0
@@ -128,7 +129,7 @@ def scale(low: float, high: float, start: float, end: float, log: bool) -> Scale
 def ticks(low: float, high: float, log: bool) -> list[float]:
     """Round values from low to high, some three to seven."""
     if not log:
-        raw = (high - low) / 4 or 1.0
+        raw = (high - low) / 5 or 1.0
         power = 10 ** math.floor(math.log10(raw))
         step = next(power * f for f in (1, 2, 5, 10) if power * f >= 0.999 * raw)
         return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
