@@ -5,6 +5,11 @@ model, tokenizer = load("demo")
 print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 """
 
+import time
+
+IMPORTING = time.perf_counter()
+"""When the import of this package began, on the clock of `time.perf_counter`."""
+
 from . import blas
 
 blas.load()  # before MLX is loaded

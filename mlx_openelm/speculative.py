@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
 
 import mlx.core as mx
@@ -49,6 +49,14 @@ class Speculation:
     def tokens_per_step(self) -> float:
         """Generated tokens per step of the model."""
         return self.tokens / self.steps if self.steps else 0.0
+
+    def report(self) -> dict[str, float]:
+        """All of it by name."""
+        return {
+            **asdict(self),
+            "acceptance": self.acceptance,
+            "tokens_per_step": self.tokens_per_step,
+        }
 
 
 class Step(NamedTuple):

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Any
 
-from .. import __version__, make_logits_processors, make_sampler
-from ..checkpoint import load
+from .. import IMPORTING, __version__, make_logits_processors, make_sampler
+from ..checkpoint import load, load_draft
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
@@ -66,6 +66,24 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
     )
+    drafts = p.add_argument_group("drafts: the same text, sooner")
+    drafts.add_argument(
+        "--draft-model",
+        metavar="DIR_OR_REPO",
+        help="a smaller model with the same tokenizer, for several tokens a step",
+    )
+    drafts.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="copy from what was said before, where the text repeats it",
+    )
+    drafts.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="at most N at once (default: 16; how many pay is measured)",
+    )
     more = p.add_argument_group("more")
     more.add_argument(
         "--max-kv-size", type=int, metavar="N", help="remember N tokens: the context slides"
@@ -103,6 +121,8 @@ def command(args: argparse.Namespace) -> int:
             args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed
         ),
         "logits_processors": make_logits_processors(repetition_penalty=args.repetition_penalty),
+        "prompt_lookup": args.prompt_lookup,
+        "num_draft_tokens": args.num_draft_tokens,
     }
     if args.model is None and not args.quiet:
         tell(
@@ -110,9 +130,15 @@ def command(args: argparse.Namespace) -> int:
             "model: --model apple/OpenELM-270M-Instruct --tokenizer meta-llama/Llama-2-7b-hf)"
         )
     start = time.perf_counter()
+    seconds: dict[str, float] = {}
     model, tokenizer = load(
-        args.model or BUNDLED["demo"], tokenizer=args.tokenizer, revision=args.revision
+        args.model or BUNDLED["demo"],
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        seconds=seconds,
     )
+    if args.draft_model is not None:
+        options["draft_model"] = load_draft(args.draft_model, tokenizer)
     loaded = time.perf_counter()
     if args.chat and prompt:
         message = [{"role": "user", "content": prompt}]
@@ -136,7 +162,11 @@ def command(args: argparse.Namespace) -> int:
         print()
     if args.verbose and responses:
         tell(str(model.policy))
-        tell(f"Loaded in {loaded - start:.3f} s, first token after {first - loaded:.3f} s more")
+        tell(
+            f"Start: imports {start - IMPORTING:.3f} s, loading {loaded - start:.3f} s (weights "
+            f"{seconds['weights']:.3f} s, beside them the tokenizer {seconds['tokenizer']:.3f} s), "
+            f"prompt and first token after {first - loaded:.3f} s more"
+        )
         tell(summary(responses[-1]))
     return INTERRUPTED if interrupted else 0
 
@@ -157,6 +187,7 @@ def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str,
                 "peak_memory",
             )
         },
+        **({"drafts": last.speculation.report()} if last and last.speculation else {}),
     }
 
 
