@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -21,7 +22,7 @@ from .decoding import prefill, token_limit
 from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
 from .model import OpenELM
-from .pace import LENGTHS, Kind, Pace
+from .pace import LENGTHS, Costs, Kind, Pace
 from .sampling import LogitsProcessor, Sampler, make_sampler
 
 
@@ -113,7 +114,8 @@ def speculative_generate_step(
         prompt_lookup: draft what followed when the last few tokens occurred before.
         num_draft_tokens: how many tokens are drafted at most; how many are is decided by `pace`.
         statistics: is kept up to date.
-        pace: decides the length of each draft; its measurements can serve another generation.
+        pace: decides the length of each draft; by default it begins with what was measured when
+            the same models generated before.
 
     Yields:
         The token, the log-probabilities [vocab] it was chosen by, and whether it was drafted.
@@ -145,9 +147,18 @@ def speculative_generate_step(
         Chooser(sampler or make_sampler(), logits_processors or (), prompt, vocab_size),
         DraftModel(draft_model) if draft_model is not None else None,
         PromptLookup() if prompt_lookup else None,
-        pace or Pace(num_draft_tokens),
+        pace or Pace(num_draft_tokens, _costs(model, draft_model)),
         statistics or Speculation(),
     ).run(prompt, max_tokens, prefill_step_size, prompt_progress_callback)
+
+
+_measured: WeakKeyDictionary[OpenELM, WeakKeyDictionary[OpenELM, Costs]] = WeakKeyDictionary()
+
+
+def _costs(model: OpenELM, draft_model: OpenELM | None) -> Costs:
+    """What has been measured with these models in this process."""
+    by_draft = _measured.setdefault(model, WeakKeyDictionary())
+    return by_draft.setdefault(draft_model or model, Costs())
 
 
 class _Loop:
