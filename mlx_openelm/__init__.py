@@ -31,6 +31,7 @@ from .decoding import GenerationResponse
 from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
 from .model import OpenELM
+from .prompt_cache import PromptCache
 from .sampling import make_logits_processors, make_sampler
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "OpenELM",
     "OpenELMConfig",
     "OpenELMError",
+    "PromptCache",
     "batch_generate",
     "generate",
     "load",

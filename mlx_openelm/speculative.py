@@ -98,6 +98,7 @@ def speculative_generate_step(
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
+    cached_tokens: Sequence[int] = (),
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     vocab_size: int | None = None,
@@ -141,15 +142,16 @@ def speculative_generate_step(
             f"the draft model knows {draft_model.config.vocab_size} tokens, the model "
             f"{vocab_size}: they can't have the same tokenizer"
         )
+    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
     return _Loop(
         model,
         cache,
-        Chooser(sampler or make_sampler(), logits_processors or (), prompt, vocab_size),
+        Chooser(sampler or make_sampler(), logits_processors or (), seen, vocab_size),
         DraftModel(draft_model) if draft_model is not None else None,
         PromptLookup() if prompt_lookup else None,
         pace or Pace(num_draft_tokens, _costs(model, draft_model)),
         statistics or Speculation(),
-    ).run(prompt, max_tokens, prefill_step_size, prompt_progress_callback)
+    ).run(prompt, cached_tokens, max_tokens, prefill_step_size, prompt_progress_callback)
 
 
 _measured: WeakKeyDictionary[OpenELM, WeakKeyDictionary[OpenELM, Costs]] = WeakKeyDictionary()
@@ -183,6 +185,7 @@ class _Loop:
     def run(
         self,
         prompt: mx.array,
+        cached_tokens: Sequence[int],
         max_tokens: int,
         prefill_step_size: int,
         progress: Callable[[int, int], None] | None,
@@ -191,11 +194,12 @@ class _Loop:
         assert left is not None  # the context doesn't slide
         logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
         step = self._chosen(logits)
-        self._extend(cast("list[int]", prompt.tolist()))
+        self._extend([*cached_tokens, *cast("list[int]", prompt.tolist())])
+        self.before -= len(cached_tokens)
         if progress:
             mx.eval(step.tokens)
             progress(prompt.size, prompt.size)
-        given = prompt.size
+        given = len(self.text)
         then: float | None = None
         try:
             while True:

@@ -6,9 +6,18 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from .. import IMPORTING, __version__, make_logits_processors, make_sampler
+from .. import (
+    IMPORTING,
+    InputError,
+    OpenELM,
+    PromptCache,
+    __version__,
+    make_logits_processors,
+    make_sampler,
+)
 from ..checkpoint import load, load_draft
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
@@ -91,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     more.add_argument(
         "--kv-bits", type=int, metavar="N", help="remember in 8 or 4 bits: a smaller cache"
     )
+    more.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what the text has in common with the last one kept here isn't computed again",
+    )
     more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="for a model without one")
     more.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit on the Hugging Face hub"
@@ -139,6 +153,8 @@ def command(args: argparse.Namespace) -> int:
     )
     if args.draft_model is not None:
         options["draft_model"] = load_draft(args.draft_model, tokenizer)
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"] = _prompt_cache(args, model)
     loaded = time.perf_counter()
     if args.chat and prompt:
         message = [{"role": "user", "content": prompt}]
@@ -156,6 +172,8 @@ def command(args: argparse.Namespace) -> int:
                 print(response.text, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"].save(args.prompt_cache_file)
     if args.json:
         print(json.dumps(_report(responses, interrupted), ensure_ascii=False))
     else:
@@ -171,6 +189,21 @@ def command(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _prompt_cache(args: argparse.Namespace, model: OpenELM) -> PromptCache:
+    file = Path(args.prompt_cache_file)
+    if args.max_kv_size is not None:
+        raise InputError("--prompt-cache-file can't be combined with --max-kv-size")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such directory")
+    if not file.exists():
+        return PromptCache(model, kv_bits=args.kv_bits)
+    cache = PromptCache.load(file, model)
+    if cache.kv_bits != args.kv_bits:
+        kept = "without --kv-bits" if cache.kv_bits is None else f"with --kv-bits {cache.kv_bits}"
+        raise InputError(f"{file}: was written {kept}")
+    return cache
+
+
 def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
     last = responses[-1] if responses else None
     return {
@@ -181,6 +214,7 @@ def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str,
             field: last and getattr(last, field)
             for field in (
                 "prompt_tokens",
+                "cached_tokens",
                 "prompt_tps",
                 "generation_tokens",
                 "generation_tps",
