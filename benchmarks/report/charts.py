@@ -329,13 +329,10 @@ def roofline(found: list[Row], results: Results) -> Figure:
     bandwidth = machine["bandwidth"][0]
     rates = {printable(k): v[0] for k, v in machine.items() if k != "bandwidth"}
     corners = [rate / bandwidth for rate in rates.values()]
-    left, right = min(xs) / 2, 2 * max([*xs, *corners])
+    left, right = min([*xs, *corners]) / 2, 2 * max([*xs, *corners])
     roofs = [
-        (
-            f"{short(name, 24)} matmul, {scaled(rate, 'FLOP/s')}",
-            [(left, left * bandwidth), (rate / bandwidth, rate), (right, rate)],
-        )
-        for name, rate in rates.items()
+        (f"{short(name, 24)} matmul, {scaled(rate, 'FLOP/s')}", _roof(bandwidth, rate, left, right))
+        for name, rate in sorted(rates.items(), key=lambda item: -item[1])
     ] or [("bandwidth", [(left, left * bandwidth), (right, right * bandwidth)])]
     says = (
         f"What the machine allows: {scaled(bandwidth, 'B/s')} of measured bandwidth (the slope) "
@@ -353,6 +350,12 @@ def roofline(found: list[Row], results: Results) -> Figure:
         roofs=roofs,
     )
     return Figure("Roofline", says, [chart])
+
+
+def _roof(bandwidth: float, rate: float, left: float, right: float) -> list[tuple[float, float]]:
+    ridge = rate / bandwidth
+    slope = [(left, left * bandwidth), (ridge, rate)] if ridge > left else [(left, rate)]
+    return [*slope, (right, rate)]
 
 
 def _placed(limited: Iterable[Row], runtime: str) -> Iterator[Point]:

@@ -133,12 +133,12 @@ def _bars(chart: Bars, ax: Any, places: Mapping[str, int]) -> None:
 
 
 def _plane(chart: Plane, ax: Any, places: Mapping[str, int]) -> None:
-    for name, corners in chart.roofs:
+    for _, corners in chart.roofs:
         ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=1)
-        ax.annotate(
-            name, corners[-1], ha="right", fontsize=7, color=SOFT,
-            xytext=(0, 3), textcoords="offset points",
-        )  # fmt: skip
+    if chart.roofs:
+        names = "\n".join(["Roofs, from the top:", *(name for name, _ in chart.roofs)])
+        where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "bottom"}
+        ax.annotate(names, (0.99, 0.02), fontsize=7, color=SOFT, **where)
     for name, points in chart.points:
         look = LOOKS[places[name]]
         xs, ys = [p.x for p in points], [p.y for p in points]

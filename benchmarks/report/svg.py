@@ -98,10 +98,12 @@ def _plane(chart: Plane, slots: Mapping[str, int]) -> Element:
         _line(svg, left, at_y(value), right, at_y(value), "grid")
         _text(svg, left - 6, at_y(value) + 3.5, tick(value), "tick", "end")
     _text(svg, 0, 12, chart.y_axis, "axis")
-    for name, some in chart.roofs:
+    for _, some in chart.roofs:
         path = " ".join(f"{_f(at_x(x))},{_f(at_y(y))}" for x, y in some)
         SubElement(svg, "polyline", {"points": path, "class": "roof"})
-        _text(svg, right, at_y(some[-1][1]) - 4, name, "roof-name", "end")
+    names = ["Roofs, from the top:"] * bool(chart.roofs) + [name for name, _ in chart.roofs]
+    for i, name in enumerate(reversed(names)):  # in the corner where no point can be
+        _text(svg, right, bottom - 6 - 12 * i, name, "roof-name", "end")
     for name, line in chart.points:
         if chart.joined:
             path = " ".join(f"{_f(at_x(p.x))},{_f(at_y(p.y))}" for p in line)

@@ -123,6 +123,14 @@ def work_label(work: Work) -> str:
     return label if work.text == RANDOM_TOKENS else f"{label}, {short(printable(work.text), 30)}"
 
 
+def command_line(command: Sequence[str]) -> str:
+    """What was typed, without where this package lies."""
+    program, *arguments = [printable(word) for word in command] or [""]
+    if program.endswith("__main__.py"):
+        program = "python -m mlx_openelm.benchmarks"
+    return " ".join([program, *arguments])
+
+
 def model_label(model: Model) -> str:
     """OpenELM-270M, 4bit."""
     return short(printable(f"{model.shape}, {model.stored}"))
