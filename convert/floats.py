@@ -45,7 +45,7 @@ def cast(array: mx.array, dtype: mx.Dtype, name: str, allow_nonfinite: bool = Fa
         if not math.isfinite(value):  # type: ignore[arg-type]
             raise InputError(
                 f"tensor {name} holds a value that is not finite (NaN or infinity); "
-                "--allow-nonfinite takes it as it is"
+                "converting with --allow-nonfinite takes it as it is"
             )
         raise InputError(
             f"tensor {name} holds {value:.4g}, more than {dtype_name(dtype)} can; use "

@@ -109,7 +109,7 @@ def test_pefts_directories(run: Run, tmp_path: Path, name: str, base: str) -> No
     if dtype == "float32":
         check(out, name)
     record = json.loads((out / "conversion.json").read_text())
-    assert record["source"]["kind"].startswith("PEFT adapter of ")
+    assert record["source"]["kind"].startswith("PEFT adapter")
 
 
 def edit(directory: Path, **values: object) -> None:

@@ -17,6 +17,7 @@ import pytest
 from mlx_openelm import OpenELM, OpenELMConfig, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
 from mlx_openelm.convert.export import export
+from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
@@ -296,6 +297,19 @@ def test_what_q4_1_cannot_hold(run: Run, tmp_path: Path, options: list[str], rea
     if options:  # but dequantized it goes
         result = run(MODULE, *arguments, "--dtype", "float16")
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("format", ["hf", "corenet"])
+def test_what_is_not_finite_goes_as_it_is_but_is_not_cast(tmp_path: Path, format: str) -> None:
+    model = random_model(CONFIGS["uneven"])
+    arrays = dict(model.parameters())
+    arrays["transformer.norm.weight"] = mx.full((32,), float("inf"))
+    save_model(tmp_path, model.config, arrays)
+    export(tmp_path, tmp_path / "out", format)
+    tensors, _ = map_names(open_source(tmp_path / "out").tensors)
+    assert tensors["transformer.norm.weight"].read().tolist() == [float("inf")] * 32
+    with pytest.raises(InputError, match="norm.weight holds a value that is not finite"):
+        export(tmp_path, tmp_path / "half", format, "float16")
 
 
 def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:

@@ -291,6 +291,23 @@ def test_a_full_disk_says_so_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["convert", "hf", "corenet", "gguf"])
+def test_a_file_that_the_system_cuts_short(tmp_path: Path, command: str) -> None:
+    """A limit on the size of a file stands for the full disk; this time it is the real thing."""
+    out = tmp_path / "out"
+    arguments = ["demo", "-o", str(out)]
+    if command != "convert":
+        arguments = ["export", *arguments, "--format", command]
+    code = "import resource, sys; from mlx_openelm.convert.__main__ import main;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 1
+    assert f"error: {out}: can't be written (File too large)" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_there_stays_when_it_cannot_be_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

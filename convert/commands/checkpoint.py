@@ -90,9 +90,8 @@ def _with_peft(
     saved, notes = map_names(plain)
     scale = adapter.scale if args.lora_alpha is None else alpha_over_rank(args.lora_alpha)
     tensors, config, merged = merge(base.tensors | saved, adapters, scale, base.config)
-    kind = f"PEFT adapter of {name}"
-    notes = [*base.notes, *notes, *merged]
-    return Checkpoint(replace(base.source, kind=kind), tensors, config, notes)
+    source = replace(base.source, kind="PEFT adapter, merged into its base")
+    return Checkpoint(source, tensors, config, [*base.notes, *notes, *merged])
 
 
 def _base(name: str, args: argparse.Namespace, known: OpenELMConfig | None) -> Checkpoint:
