@@ -175,6 +175,21 @@ def test_the_values_in_a_gguf(tmp_path: Path, dtype: str | None) -> None:
         assert np.abs(found[name] - values).max() <= (0 if exact else tolerance * largest), name
 
 
+def test_bfloat16_goes_exactly_and_is_not_forced_into_float16(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    arrays = {name: array.astype(mx.bfloat16) for name, array in read_arrays(DEMO)[0].items()}
+    name = "transformer.layers.0.ffn.proj_2.weight"
+    arrays[name] = mx.concatenate([mx.full((1, arrays[name].shape[1]), 1e5), arrays[name][1:]])
+    arrays[name] = arrays[name].astype(mx.bfloat16)
+    save_model(directory, load_model(DEMO).config, arrays)
+    export(directory, tmp_path / "demo.gguf", "gguf")
+    found = gguf_tensors(tmp_path / "demo.gguf")
+    for key, values in as_gguf(arrays).items():
+        assert np.array_equal(found[key], values), key
+    with pytest.raises(InputError, match="proj_2.weight holds 9.984e.04, more than float16"):
+        export(directory, tmp_path / "half.gguf", "gguf", "float16")
+
+
 @pytest.mark.parametrize("group", ["32", "64", "128"])
 def test_four_bits_are_q4_1_exactly(run: Run, tmp_path: Path, group: str) -> None:
     options = ("-q", "--group-size", group, "--dtype", "float16")
