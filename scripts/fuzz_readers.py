@@ -223,8 +223,9 @@ def outcome(path: Path, tensors: dict[str, bytes]) -> str:
 
 def convert_all(path: Path) -> None:
     """Make a model directory of it, beside it."""
-    given = {"config": None, "ema": False, "lora_alpha": 3.0, "revision": None}
-    args = argparse.Namespace(base=str(FIXTURES / "float32.pt"), **given)
+    adapter = is_peft(path) or split(open_source(path).tensors)[1]
+    args = argparse.Namespace(config=None, ema=False, lora_alpha=None, revision=None)
+    args.base = str(FIXTURES / "float32.pt") if adapter else None
     checkpoint = open_checkpoint(str(path), args)
     out = path.with_name("output")
     convert(checkpoint.tensors, checkpoint.config, out, Options(), force=True)
