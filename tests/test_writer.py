@@ -113,6 +113,9 @@ def test_a_tensor_that_stays_incomplete_is_an_error(tmp_path: Path) -> None:
 def test_the_largest_magnitude(dtype: mx.Dtype) -> None:
     values = [0.0, 3.0, -7.5, 1e-4]
     assert largest(mx.array(values, dtype)) == 7.5
+    assert largest(-mx.array(values, dtype)) == 7.5
+    assert largest(-mx.abs(mx.array(values[1:], dtype))) == 7.5
+    assert largest(mx.zeros(3, dtype)) == largest(-mx.zeros(3, dtype)) == 0
     assert largest(mx.array([*values, float("-inf")], dtype)) == float("inf")
     assert np.isnan(largest(mx.array([*values, float("inf"), float("nan")], dtype)))
 
