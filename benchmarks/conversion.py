@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
 
+from .machine import describe
 from .statistics import ratio, summarize
 
 OURS, HASHED, DISK, TORCH = (
@@ -60,9 +60,9 @@ def command(args: argparse.Namespace) -> int:
     config = OpenELMConfig.from_name(args.model, VOCAB_SIZE)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         results = measure(config, Path(folder), args.trials)
-    machine = _machine()
+    machine = describe()
     print(f"{args.model}: float32 .pt of {results['bytes'] / 1e6:,.0f} MB to bfloat16")
-    print(f"{machine['chip']}, {machine['cores']} cores, {machine['os']}; {STATE}")
+    print(f"{machine.chip}, {machine.cores} cores, {machine.os}; {STATE}")
     for name, trials in results["trials"].items():
         print(_row(name, trials))
     if TORCH in results["trials"]:
@@ -70,27 +70,9 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("PyTorch is not installed; to compare: pip install torch safetensors")
     if args.json:
-        about = {"model": args.model, "state": STATE, "machine": machine}
+        about = {"model": args.model, "state": STATE, "machine": asdict(machine)}
         args.json.write_text(json.dumps(about | results, indent=2) + "\n")
     return 0
-
-
-def _machine() -> dict[str, Any]:
-    cpuinfo, chip = Path("/proc/cpuinfo"), platform.processor()
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        chip = next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), "")
-    elif sys.platform == "darwin":
-        sysctl = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        chip = subprocess.run(sysctl, capture_output=True, text=True).stdout.strip()
-    packages = ["mlx", *(name for name in ("torch", "safetensors") if find_spec(name))]
-    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
-    return {
-        "chip": chip or "unknown",
-        "cores": os.cpu_count(),
-        "os": platform.platform(),
-        "versions": versions,
-    }
 
 
 def measure(config: OpenELMConfig, folder: Path, trials: int) -> dict[str, Any]:
