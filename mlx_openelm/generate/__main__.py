@@ -160,14 +160,18 @@ def command(args: argparse.Namespace) -> int:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
 
-    responses: list[GenerationResponse] = []
+    texts: list[str] = []
+    tokens: list[int] = []
+    last: GenerationResponse | None = None  # all of them would keep all logits
     interrupted = False
     first = loaded
     try:
         for response in stream_generate(model, tokenizer, prompt, **options):
-            if not responses:
+            if last is None:
                 first = time.perf_counter()
-            responses.append(response)
+            last = response
+            texts.append(response.text)
+            tokens.append(response.token)
             if not args.json:
                 print(response.text, end="", flush=True)
     except KeyboardInterrupt:
@@ -175,17 +179,18 @@ def command(args: argparse.Namespace) -> int:
     if args.prompt_cache_file is not None:
         options["prompt_cache"].save(args.prompt_cache_file)
     if args.json:
-        print(json.dumps(_report(responses, interrupted), ensure_ascii=False))
+        report = {"text": "".join(texts), "tokens": tokens, **_report(last, interrupted)}
+        print(json.dumps(report, ensure_ascii=False))
     else:
         print()
-    if args.verbose and responses:
+    if args.verbose and last:
         tell(str(model.policy))
         tell(
             f"Start: imports {start - IMPORTING:.3f} s, loading {loaded - start:.3f} s (weights "
             f"{seconds['weights']:.3f} s, beside them the tokenizer {seconds['tokenizer']:.3f} s), "
             f"prompt and first token after {first - loaded:.3f} s more"
         )
-        tell(summary(responses[-1]))
+        tell(summary(last))
     return INTERRUPTED if interrupted else 0
 
 
@@ -204,11 +209,8 @@ def _prompt_cache(args: argparse.Namespace, model: OpenELM) -> PromptCache:
     return cache
 
 
-def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
-    last = responses[-1] if responses else None
+def _report(last: GenerationResponse | None, interrupted: bool) -> dict[str, Any]:
     return {
-        "text": "".join(r.text for r in responses),
-        "tokens": [r.token for r in responses],
         "finish_reason": "interrupted" if interrupted else last and last.finish_reason,
         **{
             field: last and getattr(last, field)
