@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_openelm.benchmarks import calibration, default, paper, results, session
+from mlx_openelm.benchmarks import calibration, default, measuring, paper, results
 from mlx_openelm.benchmarks.__main__ import main
+from mlx_openelm.benchmarks.measuring import measure_model, parting
 from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
 from mlx_openelm.benchmarks.runner import Worker, in_turns, workers
-from mlx_openelm.benchmarks.session import Session, conditions, measure_model, parting
+from mlx_openelm.benchmarks.session import Session, conditions
 from mlx_openelm.benchmarks.workloads import Plan
 from mlx_openelm.errors import OpenELMError
 
@@ -89,7 +90,7 @@ def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch, model: str, *peers: str) -> Results:
     """A short session, with `CHATTY` in the place of this project."""
     monkeypatch.setattr(calibration, "short", lambda dtypes: NOW)
-    monkeypatch.setattr(session, "OURS", CHATTY)
+    monkeypatch.setattr(measuring, "OURS", CHATTY)
     found = Session(["run"], Machine())
     plan = Plan(kinds=("prefill", "decode"), prompt_tokens=(8, 16), gen_tokens=4, trials=3)
     measure_model(found, target(model), [CHATTY, *peers], plan, lambda what, steps: lambda: None)
