@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def test_a_hang_is_ended() -> None:
         with pytest.raises(OpenELMError, match=r"hanging: took longer than 0.3 s"):
             worker.run(WORK, 0.3)
         assert time.monotonic() - start < 5
+
+
+def test_an_interrupt_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    with workers({"chatty": (CHATTY, NOWHERE)}) as started:
+        worker = started["chatty"]
+        assert worker._process.stdout is not None
+        monkeypatch.setattr(worker._process.stdout, "readline", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            worker.run(WORK)
+    assert not [
+        t
+        for t in threading.enumerate()
+        if isinstance(t, threading.Timer) and not t.finished.is_set()
+    ]
 
 
 def test_a_refusal_is_told_and_can_be_followed_by_more() -> None:
