@@ -25,7 +25,7 @@ from .startup import COMMANDS, seconds_to_first_token
 from .workloads import Plan, Task, read_off, tasks
 
 WARMUP_TOKENS = 16  # at most, of a run that doesn't count
-SHARE_OF_PROCESSES = 0.15  # of a short run's time, for trials that start a process
+SHARE_OF_PROCESSES = 0.25  # of a short run's time, for trials that start a process
 PILOT = Workload([[1] * 16], 4)
 
 
@@ -49,10 +49,7 @@ def measure_model(
     tokenizer = _tokenizer(target, directory)
     name = target.model.name
     planned, notes = tasks(plan, target.config, tokenizer)
-    enough = float("inf") if budget is None else SHARE_OF_PROCESSES * budget
-    for task in (t for t in planned if t.workload is None):
-        able = [peer for peer in peers if task.fits(peer)]
-        _in_new_processes(session, target, task, able, directory, plan.trials, enough, begin)
+    processes = [task for task in planned if task.workload is None]
     with ExitStack() as stack:
         started: dict[str, Worker] = {}
         for peer in peers:
@@ -65,6 +62,7 @@ def measure_model(
         works = None
         if budget is not None:
             left = budget - (time.monotonic() - start)
+            left *= 1 - SHARE_OF_PROCESSES if processes else 1
             plan, works = _fitted(session, target, started, plan, tokenizer, left)
             planned, notes = tasks(plan, target.config, tokenizer)
         for note in notes:
@@ -78,6 +76,10 @@ def measure_model(
             }
             if contestants:
                 _take_turns(session, target, task, contestants, started, plan.trials, graphs, begin)
+    end = float("inf") if budget is None else start + budget
+    for task in processes:
+        able = [peer for peer in peers if task.fits(peer)]
+        _in_new_processes(session, target, task, able, directory, plan.trials, end, begin)
 
 
 def _tokenizer(target: Target, directory: Path) -> Tokenizer | None:
@@ -154,14 +156,13 @@ def _in_new_processes(
     contestants: Sequence[str],
     directory: Path,
     trials: int,
-    seconds: float,
+    end: float,
     begin: Begin,
 ) -> None:
     """Trials of which each is a process: loading, and the first token.
 
-    After `seconds` no more of them begin, but for the first.
+    After `end`, by `time.monotonic()`, no more of them begin, but for the first.
     """
-    end = time.monotonic() + min(seconds, session.left())
     [work] = task.works
     rows = {peer: Row(target, peer, work) for peer in contestants}
     session.rows += rows.values()
@@ -169,9 +170,11 @@ def _in_new_processes(
     for turn in range(-1, trials):
         now = _calibrate(session, target) if turn >= 0 else None
         for peer, row in rows.items():
-            if row.error is None and (turn < 1 or time.monotonic() < end):
+            early = time.monotonic() < end or (turn < 1 and session.left() > 0)
+            if row.error is None and early:
+                limit = min(session.time_limit, max(session.left(), 1))
                 try:
-                    trial = _process(peer, directory, work, turn)
+                    trial = _process(peer, directory, work, turn, limit)
                     if turn >= 0:
                         row.trials.append(replace(trial, calibration=now))
                 except OpenELMError as error:
@@ -180,11 +183,11 @@ def _in_new_processes(
     _drop_empty(session)
 
 
-def _process(peer: str, directory: Path, work: Work, turn: int) -> Trial:
+def _process(peer: str, directory: Path, work: Work, turn: int, limit: float) -> Trial:
     if work.kind == "cold":
-        seconds = seconds_to_first_token(*COMMANDS[peer], directory)
+        seconds = seconds_to_first_token(*COMMANDS[peer], directory, limit)
         return Trial(turn, seconds, seconds)
-    worker = Worker(peer, directory)
+    worker = Worker(peer, directory, time_limit=limit)
     worker.close()
     seconds = worker.ready["load_seconds"]
     return Trial(turn, seconds, seconds, worker.ready["peak_bytes"])

@@ -20,6 +20,7 @@ from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
 from mlx_openelm.benchmarks.runner import Worker, in_turns, workers
 from mlx_openelm.benchmarks.session import Session, conditions
+from mlx_openelm.benchmarks.startup import seconds_to_first_token
 from mlx_openelm.benchmarks.workloads import Plan
 from mlx_openelm.errors import OpenELMError
 
@@ -279,3 +280,23 @@ def test_without_a_command_it_is_the_demo_and_a_270m(monkeypatch: pytest.MonkeyP
     assert OURS in peers  # type: ignore[operator]
     assert 60 < seconds < 120  # type: ignore[operator]
     assert (output, second[-1]) == (None, Path("somewhere"))
+
+
+def test_a_cold_start_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(OpenELMError, match="hangs printed no text"):
+        seconds_to_first_token(["hangs"], b"", tmp_path, 0.5)
+
+
+def test_loading_is_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "short", lambda dtypes: NOW)
+    found = Session(["run"], Machine())
+    plan = Plan(kinds=("load",), trials=2)
+    peers = [CHATTY, STILLBORN]
+    measure_model(found, target("demo"), peers, plan, lambda what, steps: lambda: None)
+    loaded, failed = found.results(partial=False).measurements
+    assert loaded.unit == "s"
+    assert len(loaded.trials) == 2
+    assert all(0 < t.value < 60 and t.peak_bytes for t in loaded.trials)
+    assert failed.error == f"{STILLBORN}: MemoryError: no room"
