@@ -55,6 +55,7 @@ DESCRIPTION = "What got faster or slower from run A to run B, and whether that i
 LEAST = 1.03  # times; below it a difference isn't worth a word
 EXPLAINS = 0.8  # of the scatter is left when a calibration explains the trials
 AS_MEASURED = "as measured"
+ENOUGH = 4  # trials a run: of 3 and 3, even the slowest being faster says nothing at 95 %
 
 Logs = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -71,6 +72,8 @@ class Change:
     @property
     def verdict(self) -> str:
         """Whether B is faster, slower, or as fast as anyone can tell."""
+        if min(len(_trials(r.measurement.trials)) for r in (self.before, self.after)) < ENOUGH:
+            return "too few"
         if self.ratio.low > 1 and self.ratio.value > LEAST:
             return "faster"
         if self.ratio.high < 1 and self.ratio.value < 1 / LEAST:
@@ -230,7 +233,7 @@ def show(a: Results, b: Results, changes: Sequence[Change], console: Console) ->
     table.add_column("B", justify="right", no_wrap=True, min_width=7)
     table.add_column("B is as fast, times", no_wrap=True)
     table.add_column("", no_wrap=True)
-    styles = {"faster": "bold green", "slower": "bold red", "a tie": ""}
+    styles = {"faster": "bold green", "slower": "bold red"}
     for _, group in groupby(shown, key=lambda change: change.before.model):
         members = list(group)
         table.add_row(Text(model_label(members[0].before.model), style="bold"))
@@ -239,7 +242,9 @@ def show(a: Results, b: Results, changes: Sequence[Change], console: Console) ->
             label = f" {work_label(row.work)}" + ("" if row.ours else f", {row.runtime}")
             ratio = f"{factor(change.ratio)} ({interval(change.ratio)})"
             cells = (_speed(row), _speed(change.after), ratio, change.verdict)
-            table.add_row(Text(label), *(Text(c, style=styles[change.verdict]) for c in cells))
+            table.add_row(
+                Text(label), *(Text(c, style=styles.get(change.verdict, "")) for c in cells)
+            )
     console.print(table)
     say(
         "A and B: medians as measured, tokens/s (s: seconds). The ratio is what is left of their "
@@ -260,6 +265,9 @@ def conclusion(changes: Sequence[Change]) -> str:
         if by:
             said.append(f"{len(by)} of {len(ours)} {verdict}, by {percent(by[0])}")
             said[-1] += f" to {percent(by[-1])}" if len(by) > 1 else ""
+    few = sum(change.verdict == "too few" for change in ours)
+    if few:
+        said.append(f"{few} with too few trials to say ({ENOUGH} a run)")
     return f"{OURS}: {enumerated(said) or 'no difference beyond noise'}."
 
 
@@ -268,7 +276,7 @@ def control(changes: Sequence[Change]) -> str:
     others = [change for change in changes if not change.before.ours]
     if not others:
         return "No other runtime is in both runs to hold this against."
-    moved = dict.fromkeys(c.before.runtime for c in others if c.verdict != "a tie")
+    moved = dict.fromkeys(c.before.runtime for c in others if c.verdict in ("faster", "slower"))
     names = enumerated(list(dict.fromkeys(c.before.runtime for c in others)))
     if not moved:
         return f"Held against {names}: no difference beyond noise, as it should be."

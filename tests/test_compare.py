@@ -162,6 +162,15 @@ def test_a_difference_too_small_for_a_word_is_a_tie() -> None:
     assert ours(compare(a, b))["decode"] == ["a tie"] * 2
 
 
+def test_three_trials_are_too_few_to_say() -> None:
+    a, b = (
+        measured.results(machinery=measured.Machinery(seed), slowdown=1 + seed, trials=3)
+        for seed in (0, 1)
+    )
+    assert {v for some in ours(compare(a, b)).values() for v in some} == {"too few"}
+    assert conclusion(compare(a, b)) == "mlx-openelm: 12 with too few trials to say (4 a run)."
+
+
 def test_only_the_same_work_is_compared() -> None:
     a, b = pair(1)
     other = [m for m in b.measurements if m.work != measured.DECODE]
@@ -182,12 +191,11 @@ import mlx_openelm.decoding as decoding
 real = decoding.generate_step
 
 def slow(*arguments, **options):
-    "Each token takes as long as a clock says: what a slower network would be, but repeatable."
-    last = None
-    for item in real(*arguments, **options):
-        if last is not None:
-            time.sleep(max(0.0, last + float(os.environ["PACE"]) - time.perf_counter()))
-        last = time.perf_counter()
+    "Tokens come when a clock says: a slower network, but repeatable on a busy machine."
+    for i, item in enumerate(real(*arguments, **options)):
+        if i == 0:
+            start = time.perf_counter()
+        time.sleep(max(0.0, start + i * float(os.environ["PACE"]) - time.perf_counter()))
         yield item
 
 decoding.generate_step = slow
@@ -228,7 +236,7 @@ def test_an_injected_slowdown_is_found_in_a_measured_run(
     assert ours(compare(a, b)) == {"decode": ["a tie"]}
     assert ours(compare(a, slower)) == {"decode": ["slower"]}
     [change] = compare(a, slower)
-    assert change.ratio.value == pytest.approx(1 / 1.1, abs=0.02)
+    assert change.ratio.value == pytest.approx(1 / 1.1, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_openelm.benchmarks import report
 from mlx_openelm.benchmarks.report.charts import figures, runs
-from mlx_openelm.benchmarks.report.findings import headlines, rows
+from mlx_openelm.benchmarks.report.findings import cells, headlines, rows
 from mlx_openelm.benchmarks.report.html import page
 from mlx_openelm.benchmarks.report.palette import LOOKS, slots
 from mlx_openelm.benchmarks.report.svg import scale, tick, ticks
@@ -153,6 +153,19 @@ def test_headlines_say_the_ratio_and_the_tie() -> None:
     assert "of the roofline" in said[0]
 
 
+def test_few_trials_make_no_interval() -> None:
+    for trials, said in ((1, "(1 trial)"), (2, "(2 trials)")):
+        results = measured.results(works=[measured.DECODE], trials=trials, models=[measured.DEMO])
+        ours, *others = rows(results)
+        assert [cells(row).ratio for row in others] == [
+            f"{row.ratio.value:.2f}× {said}" for row in others if row.ratio
+        ]
+        assert said in str(headlines([ours, *others])[0])
+        [figure] = [f for f in figures(results) if f.title == "Against the others"]
+        [(_, marks)] = figure.charts[0].groups
+        assert all(mark.hollow for mark in marks)
+
+
 # ---------------------------------------------------------------------------------------------
 # Words and numbers
 
@@ -178,9 +191,9 @@ def test_units() -> None:
 
 
 def test_an_interval_that_ends_short_of_1_does_not_look_like_a_tie() -> None:
-    assert times(Ratio(2.0, 1.9, 2.1)) == "2.00× (1.90–2.10)"
-    assert times(Ratio(1.0, 0.9, 1.1)) == "a tie (0.90–1.10)"
-    assert interval(Ratio(0.99, 0.98, 0.998)) == "0.980–0.998"
+    assert times(Ratio(2.0, 1.9, 2.1), 5) == "2.00× (1.90–2.10)"
+    assert times(Ratio(1.0, 0.9, 1.1), 5) == "a tie (0.90–1.10)"
+    assert interval(Ratio(0.99, 0.98, 0.998), 5) == "0.980–0.998"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +240,7 @@ def test_the_table_says_everything_at_80_columns() -> None:
         if row.speed:
             assert number(row.speed.median) in said
         if row.ratio:
-            assert times(row.ratio) in said
+            assert times(row.ratio, row.turns) in said
         if row.fraction is not None:
             assert percent(row.fraction) in said
     assert "of limit" in " ".join(said.replace("\n", " ").split()) or "limit" in said

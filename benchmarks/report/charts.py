@@ -12,8 +12,10 @@ from itertools import groupby
 from ..results import Results
 from .findings import Row, by_model, measured_machine, peak_memory, rows, runtimes
 from .wording import (
+    ENOUGH,
     OURS,
     factor,
+    is_tie,
     model_label,
     number,
     printable,
@@ -192,8 +194,8 @@ def ratios(found: list[Row], _: Results) -> Figure:
     charts: list[Chart] = []
     says = (
         f"How many times as fast {OURS} is: right of 1 it is faster, left of 1 the other is. A "
-        "line is the 95 % interval by trials taken in turns; where it crosses 1 (hollow), it's a "
-        "tie."
+        "line is the 95 % interval by trials taken in turns. Hollow: the line crosses 1, a tie, or "
+        "there are too few trials for one."
     )
     for some in by_model(found).values():
         groups = []
@@ -202,9 +204,9 @@ def ratios(found: list[Row], _: Results) -> Figure:
                 Mark(
                     r.runtime,
                     *r.ratio,
-                    "tie" if r.ratio.tie else factor(r.ratio),
-                    times(r.ratio),
-                    r.ratio.tie,
+                    "tie" if is_tie(r.ratio, r.turns) else factor(r.ratio),
+                    times(r.ratio, r.turns),
+                    r.ratio.tie or r.turns < ENOUGH,
                 )
                 for r in same
                 if r.ratio
@@ -310,8 +312,8 @@ def drift(found: list[Row], _: Results) -> Figure:
         if points:
             label, names = model_label(some[0].model), list(dict.fromkeys(n for n, _ in points))
             ticks = [float(i) for i in range(1, max(len(p) for _, p in points) + 1)]
-            y = "tokens per second"
-            charts.append(Plane(label, says, "tenth", y, points, names, linear=True, x_ticks=ticks))
+            x, y = "tenth of the generation", "tokens per second"
+            charts.append(Plane(label, says, x, y, points, names, linear=True, x_ticks=ticks))
     return Figure("A long generation", says, charts)
 
 
@@ -327,13 +329,10 @@ def roofline(found: list[Row], results: Results) -> Figure:
     bandwidth = machine["bandwidth"][0]
     rates = {printable(k): v[0] for k, v in machine.items() if k != "bandwidth"}
     corners = [rate / bandwidth for rate in rates.values()]
-    left, right = min(xs) / 2, 2 * max([*xs, *corners])
+    left, right = min([*xs, *corners]) / 2, 2 * max([*xs, *corners])
     roofs = [
-        (
-            f"{short(name, 24)} matmul, {scaled(rate, 'FLOP/s')}",
-            [(left, left * bandwidth), (rate / bandwidth, rate), (right, rate)],
-        )
-        for name, rate in rates.items()
+        (f"{short(name, 24)} matmul, {scaled(rate, 'FLOP/s')}", _roof(bandwidth, rate, left, right))
+        for name, rate in sorted(rates.items(), key=lambda item: -item[1])
     ] or [("bandwidth", [(left, left * bandwidth), (right, right * bandwidth)])]
     says = (
         f"What the machine allows: {scaled(bandwidth, 'B/s')} of measured bandwidth (the slope) "
@@ -351,6 +350,12 @@ def roofline(found: list[Row], results: Results) -> Figure:
         roofs=roofs,
     )
     return Figure("Roofline", says, [chart])
+
+
+def _roof(bandwidth: float, rate: float, left: float, right: float) -> list[tuple[float, float]]:
+    ridge = rate / bandwidth
+    slope = [(left, left * bandwidth), (ridge, rate)] if ridge > left else [(left, rate)]
+    return [*slope, (right, rate)]
 
 
 def _placed(limited: Iterable[Row], runtime: str) -> Iterator[Point]:

@@ -16,6 +16,7 @@ from .wording import (
     enumerated,
     factor,
     interval,
+    is_tie,
     model_label,
     number,
     percent,
@@ -34,8 +35,8 @@ class Row:
     """One measurement, and what follows from it.
 
     `ratio`: how many times as fast this project is on the same model and work, by the trials of
-    the same turns; None for itself, where it wasn't measured, and for one that generates other
-    tokens: a fast wrong answer doesn't count. `fraction`: of the roofline.
+    the same turns, so many `turns`; None for itself, where it wasn't measured, and for one that
+    generates other tokens: a fast wrong answer doesn't count. `fraction`: of the roofline.
     `remarks`: what has to be said beside the numbers.
     """
 
@@ -45,6 +46,7 @@ class Row:
     unit: str
     speed: Summary | None
     ratio: Ratio | None
+    turns: int
     fraction: float | None
     remarks: tuple[str, ...]
     measurement: Measurement
@@ -80,13 +82,15 @@ def _row(model: Model, measurement: Measurement, ours: Measurement | None) -> Ro
     fraction = None
     if speed and limit and measurement.unit == "tokens/s" and limit.tokens_per_second > 0:
         fraction = speed.median / limit.tokens_per_second
+    compared, turns = _ratio(ours, measurement) if ours else (None, 0)
     return Row(
         model=model,
         work=measurement.work,
         runtime=short(printable(measurement.runtime), 24),
         unit=printable(measurement.unit),
         speed=speed,
-        ratio=_ratio(ours, measurement) if ours else None,
+        ratio=compared,
+        turns=turns,
         fraction=fraction,
         remarks=tuple(_remarks(measurement)),
         measurement=measurement,
@@ -98,15 +102,15 @@ def usable(trials: Iterable[Trial]) -> dict[int, float]:
     return {t.turn: t.value for t in trials if math.isfinite(t.value) and t.value > 0}
 
 
-def _ratio(ours: Measurement, theirs: Measurement) -> Ratio | None:
-    if theirs.runtime == OURS or theirs.differs is not None:
-        return None
+def _ratio(ours: Measurement, theirs: Measurement) -> tuple[Ratio | None, int]:
     a, b = usable(ours.trials), usable(theirs.trials)
     turns = sorted(a.keys() & b.keys())
-    if not turns:
-        return None
+    if theirs.runtime == OURS or theirs.differs is not None or not turns:
+        return None, 0
     above, below = [a[t] for t in turns], [b[t] for t in turns]
-    return ratio(above, below) if ours.unit == "tokens/s" else ratio(below, above)
+    if ours.unit != "tokens/s":
+        above, below = below, above
+    return ratio(above, below), len(turns)
 
 
 def _remarks(measurement: Measurement) -> Iterator[str]:
@@ -140,7 +144,9 @@ def cells(row: Row) -> Cells:
     if row.speed:
         speed = number(row.speed.median) + ("" if row.unit == "tokens/s" else f" {row.unit}")
         middle = span(number(row.speed.q1), number(row.speed.q3))
-    ratio = times(row.ratio) if row.ratio else "other tokens" if row.wrong else ""
+    ratio = "other tokens" if row.wrong else ""
+    if row.ratio:
+        ratio = times(row.ratio, row.turns)
     limit = percent(row.fraction) if row.fraction is not None else ""
     return Cells(speed, middle, ratio, limit)
 
@@ -192,12 +198,13 @@ def _headlines(group: list[Row]) -> Iterator[Headline]:
             continue
         row = which(ours, key=lambda r: r.work.prompt_tokens)
         peers = [r for r in group if r.work == row.work and r.ratio]
-        said = [
-            f"{factor(r.ratio)} {r.runtime} ({interval(r.ratio)})"
-            for r in peers
-            if r.ratio and not r.ratio.tie
-        ]
-        if ties := [r.runtime for r in peers if r.ratio and r.ratio.tie]:
+        said, ties = [], []
+        for r in peers:
+            if r.ratio and is_tie(r.ratio, r.turns):
+                ties.append(r.runtime)
+            elif r.ratio:
+                said.append(f"{factor(r.ratio)} {r.runtime} ({interval(r.ratio, r.turns)})")
+        if ties:
             said.append(f"a tie with {enumerated(ties)}")
         limit = f", {percent(row.fraction)} of the roofline" if row.fraction is not None else ""
         against = f"; {enumerated(said)}" if said else ""
@@ -271,8 +278,8 @@ def machine_sentences(results: Results) -> dict[str, str]:
         unit = "B/s" if name == "bandwidth" else "FLOP/s"
         what = "Bandwidth" if name == "bandwidth" else f"Matmul, {printable(name)}"
         by, _ = prefixed(middle)
-        between = span(number(least / by), number(most / by))
-        said[f"{what}, measured"] = f"{scaled(middle, unit)} ({between})"
+        between = f" ({number(least / by)}–{number(most / by)})" if least < most else ""
+        said[f"{what}, measured"] = f"{scaled(middle, unit)}{between}"
     return said
 
 

@@ -26,6 +26,7 @@ from .palette import LOOKS, slots
 from .svg import draw, marker
 from .wording import (
     OURS,
+    command_line,
     machine_facts,
     machine_label,
     model_facts,
@@ -77,7 +78,7 @@ def _run(results: Results, i: int) -> dict[str, Any]:
         if i
         else machine_label(results.machine),
         "created": printable(results.created),
-        "command": printable(" ".join(results.command)),
+        "command": command_line(results.command),
         "partial": results.partial,
         "headlines": headlines(found),
         "notes": [printable(note) for note in results.notes],

@@ -13,7 +13,7 @@ from ..results import Results
 from .charts import Bars, Figure, Plane, figures, runs
 from .html import INSTALL
 from .palette import LOOKS, slots
-from .svg import tick
+from .svg import tick, ticks
 from .wording import machine_label, short
 
 INK, SOFT, GRID = "#1c1d1f", "#5d6066", "#e6e6e0"
@@ -74,9 +74,9 @@ def _write(figure: Figure, machine: str, file: Path) -> None:
     lines = -(-len(figure.charts) // columns)
     tall = max(_height(chart) for chart in figure.charts)
     canvas = Canvas(figsize=(6.4 * columns, tall * lines + 0.7), layout="constrained")
-    canvas.suptitle(f"{figure.title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     canvas.supxlabel(f"mlx-openelm benchmarks, {short(machine, 120)}", fontsize=8, color=SOFT)
-    axes = canvas.subplots(lines, columns, squeeze=False).flat
+    axes = canvas.subplots(lines, columns, squeeze=False).flatten().tolist()
     for chart, ax in zip(figure.charts, axes, strict=False):
         if chart.title != figure.title:
             ax.set_title(chart.title)
@@ -84,7 +84,7 @@ def _write(figure: Figure, machine: str, file: Path) -> None:
             _bars(chart, ax, places)
         else:
             _plane(chart, ax, places)
-    for ax in list(axes)[len(figure.charts) :]:
+    for ax in axes[len(figure.charts) :]:
         ax.set_visible(False)
     canvas.savefig(file)
 
@@ -126,19 +126,19 @@ def _bars(chart: Bars, ax: Any, places: Mapping[str, int]) -> None:
     ax.set_ylim(y - 0.4, -0.7)
     ax.set_xlabel(chart.axis)
     if chart.dots:
-        _logarithmic(ax.xaxis, ax.set_xscale)
         ax.margins(x=0.08)
+        _logarithmic(ax.xaxis, ax.set_xscale)
     if chart.one:
         ax.axvline(1, color=SOFT, linewidth=1)
 
 
 def _plane(chart: Plane, ax: Any, places: Mapping[str, int]) -> None:
-    for name, corners in chart.roofs:
+    for _, corners in chart.roofs:
         ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=1)
-        ax.annotate(
-            name, corners[-1], ha="right", fontsize=7, color=SOFT,
-            xytext=(0, 3), textcoords="offset points",
-        )  # fmt: skip
+    if chart.roofs:
+        names = "\n".join(["Roofs, from the top:", *(name for name, _ in chart.roofs)])
+        where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "bottom"}
+        ax.annotate(names, (0.99, 0.02), fontsize=7, color=SOFT, **where)
     for name, points in chart.points:
         look = LOOKS[places[name]]
         xs, ys = [p.x for p in points], [p.y for p in points]
@@ -161,9 +161,10 @@ def _plane(chart: Plane, ax: Any, places: Mapping[str, int]) -> None:
 
 
 def _logarithmic(axis: Any, set_scale: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """With the same round values as in the SVG."""
     set_scale("log")
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()
+    found = ticks(low, high, log=True)
+    axis.set_ticks(found, [tick(value) for value in found])
+    axis.set_ticks([], minor=True)

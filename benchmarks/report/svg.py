@@ -52,7 +52,8 @@ def _bars(chart: Bars, slots: Mapping[str, int]) -> Element:
         low, high = 0.0, max(ends)
     at = scale(low, high, LEFT, WIDTH - RIGHT, chart.dots)
     values = ticks(low, high, chart.dots)
-    _x_axis(svg, chart.axis, [(at(v), tick(v)) for v in values], 4, bottom, LEFT, WIDTH - RIGHT)
+    said = _apart([(at(v), tick(v)) for v in values])
+    _x_axis(svg, chart.axis, said, 4, bottom, LEFT, WIDTH - RIGHT)
     if chart.one:
         _line(svg, at(1), 4, at(1), bottom, "one")
     y = 4.0
@@ -97,10 +98,12 @@ def _plane(chart: Plane, slots: Mapping[str, int]) -> Element:
         _line(svg, left, at_y(value), right, at_y(value), "grid")
         _text(svg, left - 6, at_y(value) + 3.5, tick(value), "tick", "end")
     _text(svg, 0, 12, chart.y_axis, "axis")
-    for name, some in chart.roofs:
+    for _, some in chart.roofs:
         path = " ".join(f"{_f(at_x(x))},{_f(at_y(y))}" for x, y in some)
         SubElement(svg, "polyline", {"points": path, "class": "roof"})
-        _text(svg, right, at_y(some[-1][1]) - 4, name, "roof-name", "end")
+    names = ["Roofs, from the top:"] * bool(chart.roofs) + [name for name, _ in chart.roofs]
+    for i, name in enumerate(reversed(names)):  # in the corner where no point can be
+        _text(svg, right, bottom - 6 - 12 * i, name, "roof-name", "end")
     for name, line in chart.points:
         if chart.joined:
             path = " ".join(f"{_f(at_x(p.x))},{_f(at_y(p.y))}" for p in line)
@@ -128,7 +131,7 @@ def scale(low: float, high: float, start: float, end: float, log: bool) -> Scale
 def ticks(low: float, high: float, log: bool) -> list[float]:
     """Round values from low to high, some three to seven."""
     if not log:
-        raw = (high - low) / 4 or 1.0
+        raw = (high - low) / 5 or 1.0
         power = 10 ** math.floor(math.log10(raw))
         step = next(power * f for f in (1, 2, 5, 10) if power * f >= 0.999 * raw)
         return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -10,6 +10,7 @@ from ..statistics import Ratio
 
 OURS = "mlx-openelm"
 RANDOM_TOKENS = "random tokens"
+ENOUGH = 3  # turns, for an interval
 SOME = 60  # characters of a name that a chart or a table has room for
 
 # Kind of work -> what a row of it is called, and the heading over several. {made} is "64 after 128"
@@ -69,9 +70,14 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.{0 if fraction >= 0.0995 else 1}f} %"
 
 
-def times(ratio: Ratio) -> str:
-    """2.13× (2.05–2.21), or a tie (0.97–1.02)."""
-    return f"a tie ({interval(ratio)})" if ratio.tie else f"{factor(ratio)} ({interval(ratio)})"
+def times(ratio: Ratio, turns: int) -> str:
+    """2.13× (2.05–2.21), a tie (0.97–1.02), or 2.13× (1 trial)."""
+    return f"{'a tie' if is_tie(ratio, turns) else factor(ratio)} ({interval(ratio, turns)})"
+
+
+def is_tie(ratio: Ratio, turns: int) -> bool:
+    """Whether nobody is faster, as far as so many turns can tell."""
+    return turns >= ENOUGH and ratio.tie
 
 
 def factor(ratio: Ratio) -> str:
@@ -79,8 +85,10 @@ def factor(ratio: Ratio) -> str:
     return f"{ratio.value:.{_decimals(ratio)}f}×"
 
 
-def interval(ratio: Ratio) -> str:
-    """2.05–2.21."""
+def interval(ratio: Ratio, turns: int = ENOUGH) -> str:
+    """2.05–2.21; of fewer turns than make one, their number."""
+    if turns < ENOUGH:
+        return "1 trial" if turns == 1 else f"{turns} trials"
     return span(*(f"{end:.{_decimals(ratio)}f}" for end in (ratio.low, ratio.high)))
 
 
@@ -113,6 +121,14 @@ def work_label(work: Work) -> str:
     else:
         label = f"{short(printable(work.kind), 20)} {made}"
     return label if work.text == RANDOM_TOKENS else f"{label}, {short(printable(work.text), 30)}"
+
+
+def command_line(command: Sequence[str]) -> str:
+    """What was typed, without where this package lies."""
+    program, *arguments = [printable(word) for word in command] or [""]
+    if program.endswith("__main__.py"):
+        program = "python -m mlx_openelm.benchmarks"
+    return " ".join([program, *arguments])
 
 
 def model_label(model: Model) -> str:
