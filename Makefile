@@ -3,6 +3,7 @@
 #   make demo      install what running needs into .venv and tell a tale
 #   make test      install the test extra and run the suite
 #   make check     ruff and mypy
+#   make bench     two minutes of benchmarks against mlx-lm; the report goes to build/benchmarks
 #   make format    let ruff rewrite the code
 #   make clean     remove .venv and everything built
 #
@@ -24,12 +25,14 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 endif
 
+OUT ?= build/benchmarks
+
 comma := ,
 space := $(subst ,, )
 extras = [$(subst $(space),$(comma),$(strip $(BACKEND) $1))]
 installed = $(VENV)/installed-$(1)$(BACKEND)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(call installed,)
 	$(BIN)/python -m mlx_openelm.generate --prompt "Once upon a time"
@@ -42,6 +45,9 @@ check: $(call installed,dev-)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(call installed,bench-)
+	$(BIN)/python -m mlx_openelm.benchmarks -o $(OUT)
+
 format: $(call installed,dev-)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,9 +59,10 @@ clean:
 # A stamp per set of extras: pip runs again only when what it builds from has changed.
 $(call installed,): EXTRAS = $(call extras,)
 $(call installed,test-): EXTRAS = $(call extras,test)
+$(call installed,bench-): EXTRAS = $(call extras,bench peers)
 $(call installed,dev-): EXTRAS = $(call extras,dev)
 
-$(call installed,) $(call installed,test-) $(call installed,dev-): pyproject.toml setup.py mlx_openelm/sgemm.c | $(BIN)/pip
+$(call installed,) $(call installed,test-) $(call installed,dev-) $(call installed,bench-): pyproject.toml setup.py mlx_openelm/sgemm.c | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.$(EXTRAS)'
 	@touch $@
 

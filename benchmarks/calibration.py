@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "bfloat16", "4bit")
 BYTES = 256 << 20  # of the buffer whose bandwidth is taken: more than any cache holds
 WIDTH = 2048  # of the matrices
 MOST_ROWS = 4096
-FULL_SECONDS = 0.5  # for each figure
+FULL_SECONDS = 0.25  # for each figure
 SHORT_SECONDS = 0.05
 
 
@@ -55,12 +55,8 @@ def matmul(dtype: str, seconds: float) -> float:
     "4bit" is MLX's affine quantized matmul, with the activations that this device computes in.
     With as many rows as fit into the time.
     """
-    multiply, once = _multiplication(dtype), 0.0
-    rows = 8
-    while rows < MOST_ROWS:
-        once = _timed(multiply(rows))
-        if once > seconds / 8:
-            break
+    multiply, rows = _multiplication(dtype), 8
+    while rows < MOST_ROWS and _least(multiply(rows), 0) < seconds / 8:
         rows *= 2
     return 2 * rows * WIDTH * WIDTH / _least(multiply(rows), seconds)
 

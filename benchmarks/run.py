@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mlx_openelm.command import INTERRUPTED, tell
-from mlx_openelm.errors import InputError
+from mlx_openelm.errors import InputError, OpenELMError
 
 from . import calibration, machine, report, results
 from .models import Target, check_memory, target
@@ -21,6 +21,7 @@ from .session import Session, installed, measure_model
 from .workloads import KINDS, Plan
 
 DESCRIPTION = "Measure workloads on a model, by this project and by its peers, in turns."
+SHARE = 0.35  # of the time that is left, for a model that isn't the last
 DRAFTS = {"demo": "demo-draft"}  # bundled model -> the draft that was distilled from it
 
 
@@ -87,7 +88,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="directory for results.json and report.html",
+        help="directory for results.json, report.md and report.html",
     )
 
 
@@ -143,22 +144,33 @@ def measure(
             begin("calibration", 1)()
             session.calibration.append(calibration.full())
             for i, one in enumerate(targets):
-                budget = None if seconds is None else session.left() / (len(targets) - i)
+                last = i == len(targets) - 1
+                budget = None if seconds is None else session.left() * (1 if last else SHARE)
                 draft = plan.draft_model or DRAFTS.get(one.model.name.partition(":")[0])
                 full = Plan(**{**vars(plan), "draft_model": draft})
                 measure_model(session, one, peers, full, begin, budget)
                 if output:
                     results.write(session.results(partial=True), output / "results.json")
+            session.look_again()
     except KeyboardInterrupt:
         interrupted = True
         tell("interrupted; what was measured is kept")
     found = session.results(partial=interrupted)
-    if output:
-        results.write(found, output / "results.json")
-        report.write_html([found], output / "report.html")
-        tell(f"wrote {output / 'results.json'} and {output / 'report.html'}")
     report.table(found, Console())
+    if output:
+        _write(found, output)
     return INTERRUPTED if interrupted else 0
+
+
+def _write(found: results.Results, output: Path) -> None:
+    results.write(found, output / "results.json")
+    report.write_markdown([found], output / "report.md")
+    tell(f"wrote {output / 'results.json'} and {output / 'report.md'}")
+    try:
+        report.write_html([found], output / "report.html")
+        tell(f"wrote {output / 'report.html'}")
+    except OpenELMError as error:  # a package that only the page needs
+        tell(str(error))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
-from . import calibration, roofline
+from . import calibration, machine, roofline
 from .fitting import Speeds, fit
 from .models import Target, model_directory
 from .peers import OURS, PEERS, Workload, is_installed
@@ -28,7 +28,7 @@ from .workloads import Plan, Task, read_off, tasks
 WARMUP_TOKENS = 16  # at most, of a run that doesn't count
 NOISY = 0.15  # interquartile range of the bandwidth over its median
 SHARE_OF_PROCESSES = 0.15  # of a short run's time, for trials that start a process
-PILOT = Workload([[1] * 32], 8)
+PILOT = Workload([[1] * 16], 4)
 
 
 @dataclass
@@ -75,6 +75,12 @@ class Session:
         """Once."""
         if what not in self.notes:
             self.notes.append(what)
+
+    def look_again(self) -> None:
+        """Whether the machine has become hot meanwhile."""
+        now = machine.thermal_pressure()
+        if now not in ("none", UNKNOWN):
+            self.machine = replace(self.machine, thermal_pressure=now)
 
     def results(self, partial: bool) -> Results:
         """As they are now."""
@@ -227,7 +233,7 @@ def _fitted(
     for peer, worker in list(started.items()):
         try:
             for _ in range(2):  # the first one warms up
-                measured = worker.run(PILOT, max(left / 4, 1))
+                measured = worker.run(PILOT, max(left if peer == OURS else left / 4, 1))
             speeds[peer] = Speeds.of(PILOT, measured)
         except OpenELMError as error:
             session.note(f"{target.model.name}: {peer} left out in so short a run ({error})")
@@ -281,7 +287,7 @@ def _in_new_processes(
                 except OpenELMError as error:
                     row.error = str(error)
             advance()
-    _drop_empty(session, rows)
+    _drop_empty(session)
 
 
 def _process(peer: str, directory: Path, work: Work, turn: int) -> Trial:
@@ -348,7 +354,7 @@ def _take_turns(
         _compare(rows, said, target.config)
     if session.left() <= 0:
         session.note("the time was up before all was measured")
-    _drop_empty(session, {peer: several[0] for peer, several in rows.items()})
+    _drop_empty(session)
 
 
 def _warmup(workload: Workload) -> Workload:
@@ -373,10 +379,9 @@ def _record(
             row.statistics.setdefault(name, []).append(value)
 
 
-def _drop_empty(session: Session, rows: Mapping[str, Row]) -> None:
+def _drop_empty(session: Session) -> None:
     """Without a trial and without an error there was no time: nothing to show."""
-    works = [row.work for row in rows.values()]
-    session.rows = [row for row in session.rows if row.trials or row.error or row.work not in works]
+    session.rows = [row for row in session.rows if row.trials or row.error]
 
 
 def _compare(

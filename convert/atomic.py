@@ -53,10 +53,11 @@ def new_file(out: Path, force: bool) -> Iterator[Path]:
         InputError: when `out` is a directory, or exists and `force` isn't given.
         OpenELMError: when it can't be written.
     """
-    if out.is_dir():
-        raise InputError(f"{out} is a directory; a file is to be written")
-    if out.exists() and not force:
-        raise InputError(f"{out} exists (--force replaces it)")
+    with _looking_into(out):
+        if out.is_dir():
+            raise InputError(f"{out} is a directory; a file is to be written")
+        if out.exists() and not force:
+            raise InputError(f"{out} exists (--force replaces it)")
     with _beside(out) as partial:
         yield partial / out.name
         _sync(partial / out.name)
@@ -69,10 +70,19 @@ def check_target(out: Path, force: bool) -> None:
     Raises:
         InputError: saying which.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} exists and is not a directory")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise InputError(f"{out} exists and is not empty (--force replaces it)")
+    with _looking_into(out):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise InputError(f"{out} exists and is not a directory")
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise InputError(f"{out} exists and is not empty (--force replaces it)")
+
+
+@contextmanager
+def _looking_into(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{out}: can't be looked into ({error.strerror})") from None
 
 
 @contextmanager

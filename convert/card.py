@@ -48,6 +48,7 @@ def model_card(directory: Path, repo: str, base_model: str | None, licence: str 
     if quantization is not None:
         scheme = quantization.default
         weights = f"quantized to {scheme.bits} bits ({scheme.mode}, groups of {scheme.group_size})"
+    base_model = base_model or made.get("source", {}).get("repo")
     front = f"license: {licence}\n" if licence else ""
     front += f"base_model: {base_model}\n" if base_model else ""
     what = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None

@@ -16,7 +16,7 @@ from .sources import LazyTensor
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOAT16_MAX = 65504.0
-_UNSIGNED = {2: (mx.uint16, 0x7FFF), 4: (mx.uint32, 0x7FFF_FFFF)}
+_UNSIGNED = {2: (mx.uint16, np.int16, 0x7FFF), 4: (mx.uint32, np.int32, 0x7FFF_FFFF)}
 _TRIAL_TOKENS = 16
 
 
@@ -24,11 +24,13 @@ def largest(array: mx.array) -> float:
     """The largest magnitude of an evaluated array of 16 or 32-bit floats; inf or NaN if it has one.
 
     IEEE 754: without their signs, values are ordered as their bits are, with infinity and then
-    NaN at the end.
+    NaN at the end. As signed integers the largest is the largest positive value; as unsigned ones
+    it is the largest negative value, if there is any.
     """
-    unsigned, mask = _UNSIGNED[array.dtype.size]
-    bits = np.asarray(array.view(unsigned)) & mask
-    return mx.array(bits.max()).view(array.dtype).item()  # type: ignore[return-value]
+    unsigned, signed, mask = _UNSIGNED[array.dtype.size]
+    bits = np.asarray(array.view(unsigned))
+    most = max(int(bits.view(signed).max()), int(bits.max()) & mask)
+    return mx.array(most, unsigned).view(array.dtype).item()  # type: ignore[return-value]
 
 
 def cast(array: mx.array, dtype: mx.Dtype, name: str, allow_nonfinite: bool = False) -> mx.array:
@@ -45,7 +47,7 @@ def cast(array: mx.array, dtype: mx.Dtype, name: str, allow_nonfinite: bool = Fa
         if not math.isfinite(value):  # type: ignore[arg-type]
             raise InputError(
                 f"tensor {name} holds a value that is not finite (NaN or infinity); "
-                "--allow-nonfinite takes it as it is"
+                "converting with --allow-nonfinite takes it as it is"
             )
         raise InputError(
             f"tensor {name} holds {value:.4g}, more than {dtype_name(dtype)} can; use "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,11 @@ class Verdict:
         return self.stages[-1][1] <= self.bound
 
     @property
+    def first_apart(self) -> str | None:
+        """The first stage with any difference at all; None when there is none."""
+        return next((name for name, apart in self.stages if apart != 0), None)
+
+    @property
     def parting(self) -> str | None:
         """The first stage whose difference is beyond the bound; None when there is none."""
         return next((name for name, apart in self.stages if not apart <= self.bound), None)
@@ -64,7 +69,6 @@ def verify(
     bound: float,
     *,
     count: int = TOKENS,
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> Verdict:
     """Run both on the same `count` tokens; one layer of each is in memory at a time.
 
@@ -94,7 +98,6 @@ def verify(
     ):
         a, b = _shared(wanted, rows), _shared(got, rows)
         apart.append((wanted.name, _relative(a, b)))
-        progress(wanted.name)
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (a, b))
     difference = mx.abs(a - b)
     return Verdict(

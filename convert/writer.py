@@ -37,7 +37,7 @@ CHAT_FILE = "chat_template.jinja"
 # What belongs to a tokenizer.json
 TOKENIZER_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_FILE)
 
-# Called with a tensor's name, and how many bytes of the source have been done with
+# Called with a tensor's name, and how many more bytes of the source have been done with
 Progress = Callable[[str, int], None]
 
 
@@ -245,7 +245,6 @@ def _stream(
     progress: Progress,
 ) -> None:
     """Read and convert block by block here, hash and write on another thread."""
-    read = 0
     with behind() as later:
         for name, shape in tensor_shapes(done.config).items():
             tensor, scheme = tensors[name], _scheme(name, shape, done.quantization)
@@ -256,8 +255,7 @@ def _stream(
                     later(partial(hashes.add, [(f"source {name}", raw(rows)), *parts]))
                 for part, data in parts:
                     later(partial(write, part, data))
-                read += rows.nbytes
-                progress(name, read)
+                progress(name, rows.nbytes)
 
 
 def _write_tokenizer(tokenizer: Path, directory: Path, chat: bool) -> list[str]:

@@ -5,6 +5,11 @@ model, tokenizer = load("demo")
 print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 """
 
+import time
+
+IMPORTING = time.perf_counter()
+"""When the import of this package began, on the clock of `time.perf_counter`."""
+
 from . import blas
 
 blas.load()  # before MLX is loaded
@@ -26,6 +31,7 @@ from .decoding import GenerationResponse
 from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
 from .model import OpenELM
+from .prompt_cache import PromptCache
 from .sampling import make_logits_processors, make_sampler
 
 __version__ = "0.1.0"
@@ -39,6 +45,7 @@ __all__ = [
     "OpenELM",
     "OpenELMConfig",
     "OpenELMError",
+    "PromptCache",
     "batch_generate",
     "generate",
     "load",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -161,6 +161,45 @@ class KVCache:
         self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
+
+    def state(self) -> dict[str, mx.array]:
+        """The used part of all buffers, by name, for `restore`.
+
+        Raises:
+            InputError: when the context slides.
+        """
+        if self.ring is not None:
+            raise InputError("a context that slides (max_kv_size) can't be saved")
+        return {
+            f"layers.{i}.{part}": array[:, :, : self.offset]
+            for i, buffer in enumerate(self.buffers)
+            for part, array in enumerate(buffer)
+        }
+
+    def restore(self, arrays: Mapping[str, mx.array], offset: int) -> None:
+        """Put the `state` of a cache that held `offset` positions into this empty one.
+
+        Raises:
+            InputError: when the arrays aren't those of such a cache.
+        """
+        if offset == 0 and not arrays:
+            return
+        self.reserve(1, offset)
+        used = {
+            f"layers.{i}.{part}": (*array.shape[:2], offset, array.shape[3])
+            for i, buffer in enumerate(self.buffers)
+            for part, array in enumerate(buffer)
+        }
+        if {name: array.shape for name, array in arrays.items()} != used:
+            raise InputError("the saved keys and values don't fit the model")
+        self.buffers = [
+            tuple(
+                mx.slice_update(array, arrays[f"layers.{i}.{part}"], mx.array([0]), axes=(2,))
+                for part, array in enumerate(buffer)
+            )
+            for i, buffer in enumerate(self.buffers)
+        ]
+        self.offset = offset
 
     def trim(self, count: int) -> None:
         """Forget the last `count` positions.

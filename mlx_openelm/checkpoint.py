@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -28,6 +30,7 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     lazy: bool = False,
+    seconds: dict[str, float] | None = None,
 ) -> tuple[OpenELM, Tokenizer]:
     """A model and its tokenizer.
 
@@ -37,6 +40,7 @@ def load(
             tokenizer of its own, or in place of it.
         revision: branch, tag or commit of the Hugging Face repository.
         lazy: leave the weights on disk until they are first used.
+        seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
 
     Raises:
         InputError: when something is missing or wrong; says which file, which tensor.
@@ -45,11 +49,78 @@ def load(
     from .tokenizer import load_tokenizer
 
     directory = resolve(path_or_hf_repo, revision)
-    model = load_model(directory, lazy=lazy)
     source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
-    loaded = load_tokenizer(source)
+    seconds = {} if seconds is None else seconds
+    reading = beside(lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source)))
+    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
+    loaded = reading()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
     return model, loaded
+
+
+_T = TypeVar("_T")
+
+
+def _timed(name: str, seconds: dict[str, float], work: Callable[[], _T]) -> _T:
+    start = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - start
+    return result
+
+
+def beside(work: Callable[[], _T]) -> Callable[[], _T]:
+    """Begin `work` on a thread; the function returned waits for its result, or its error."""
+    outcome: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait() -> _T:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return outcome[0]
+
+    return wait
+
+
+def load_draft(
+    path_or_hf_repo: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    revision: str | None = None,
+) -> OpenELM:
+    """A draft model for a model that has this tokenizer.
+
+    One without a tokenizer of its own is taken at its word, as Apple's repositories have none.
+
+    Raises:
+        InputError: as `load`; and when its tokenizer is another one.
+    """
+    from .tokenizer import find_tokenizer, load_tokenizer
+
+    directory = resolve(path_or_hf_repo, revision)
+    try:
+        find_tokenizer(directory)
+    except InputError:
+        pass
+    else:
+        difference = tokenizer.difference(load_tokenizer(directory))
+        if difference:
+            raise InputError(
+                f"{path_or_hf_repo}: its tokenizer is not the model's ({difference}), so it can't "
+                "draft for it"
+            )
+    model = load_model(directory)
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_size, str(path_or_hf_repo))
+    return model
 
 
 def check_vocabulary(pieces: int, rows: int, where: str) -> None:

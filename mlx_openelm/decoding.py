@@ -13,6 +13,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .errors import InputError
 from .model import OpenELM
+from .prompt_cache import PromptCache
 from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
 
@@ -38,6 +39,7 @@ class GenerationResponse:
         peak_memory: the most that MLX has held so far, in GB (1e9 bytes).
         finish_reason: "stop" after an end-of-sequence token or a stop string, "length" when
             `max_tokens` or the context is used up, None while there is more.
+        cached_tokens: those of the prompt that a `PromptCache` held already.
         speculation: what drafting has brought so far; None without drafts.
     """
 
@@ -51,6 +53,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     finish_reason: str | None = None
+    cached_tokens: int = 0
     speculation: Speculation | None = None
 
 
@@ -99,6 +102,7 @@ def generate_step(
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
+    cached_tokens: Sequence[int] = (),
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     vocab_size: int | None = None,
@@ -114,6 +118,7 @@ def generate_step(
         max_kv_size: let the context slide (see `KVCache`).
         kv_bits: keep keys and values in 8 or 4 bits.
         prompt_cache: what came before the prompt; updated in place.
+        cached_tokens: the tokens of that, for the processors to see.
         prefill_step_size: tokens of the prompt that one step takes.
         prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
@@ -128,7 +133,7 @@ def generate_step(
     cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
     sampler = sampler or make_sampler()
     processors = tuple(logits_processors or ())
-    seen = prompt
+    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
 
     def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
         logits = logits[:, :vocab_size]
@@ -181,8 +186,9 @@ def stream_generate(
         prompt: text (a `<s>` is put in front unless it is there) or token ids (taken as is).
         max_tokens: how many tokens at most; -1: until the context is full.
         stop: strings that end the text; they are not part of it.
-        options: see `generate_step`; with `draft_model` or `prompt_lookup`, see
-            `speculative.speculative_generate_step`.
+        options: see `generate_step`. `prompt_cache` may be a `PromptCache` too: then the prompt is
+            the whole text, and only what isn't in the cache already is computed. With
+            `draft_model` or `prompt_lookup`, see `speculative.speculative_generate_step`.
 
     Raises:
         InputError: when the prompt is empty or too long, or an argument is out of its range.
@@ -221,11 +227,16 @@ def _stream(
     stop: StopStrings,
     options: dict[str, Any],
 ) -> Iterator[GenerationResponse]:
+    start = time.perf_counter()
+    prompt_size, reused, text_cache = prompt.size, 0, options.pop("prompt_cache", None)
     fresh = model.make_cache(options.pop("max_kv_size", None), options.pop("kv_bits", None))
-    cache = options.pop("prompt_cache", None) or fresh
+    cache = text_cache or fresh
+    if isinstance(text_cache, PromptCache):
+        tokens = cast("list[int]", prompt.tolist())
+        reused, cache = text_cache.begin(tokens), text_cache.cache
+        options["cached_tokens"], prompt = tokens[:reused], prompt[reused:]
     limit = token_limit(cache, prompt.size, max_tokens)
     detokenizer = tokenizer.detokenizer
-    start = time.perf_counter()
     options |= {
         "max_tokens": max_tokens,
         "prompt_cache": cache,
@@ -236,6 +247,8 @@ def _stream(
         now = time.perf_counter()
         if count == 1:
             first = now
+        if isinstance(text_cache, PromptCache):
+            text_cache.tokens.append(token)
         ended = token in tokenizer.eos_token_ids
         if not ended:
             detokenizer.add_token(token)
@@ -248,12 +261,13 @@ def _stream(
             token=token,
             logprobs=logprobs,
             from_draft=from_draft,
-            prompt_tokens=prompt.size,
-            prompt_tps=prompt.size / (first - start),
+            prompt_tokens=prompt_size,
+            prompt_tps=prompt_size / (first - start),
             generation_tokens=count,
             generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
+            cached_tokens=reused,
             speculation=speculation,
         )
         if finish_reason:
@@ -300,7 +314,8 @@ def generate(
 
 def summary(response: GenerationResponse) -> str:
     """The speeds of a finished generation, in mlx-lm's lines, and what drafts have brought."""
-    speculation = response.speculation
+    speculation, cached = response.speculation, response.cached_tokens
+    kept = f" ({cached} from the prompt cache)" if cached else ""
     drafts = (
         f"\nDrafts: {speculation.acceptance:.0%} of {speculation.drafted} tokens accepted, "
         f"{speculation.tokens_per_step:.2f} tokens per step"
@@ -308,7 +323,7 @@ def summary(response: GenerationResponse) -> str:
         else ""
     )
     return (
-        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Prompt: {response.prompt_tokens} tokens{kept}, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB{drafts}"

@@ -99,7 +99,7 @@ class DraftModel:
         return self._start + self._cache.offset
 
     def draft(self, text: list[int], length: int, pick: Pick) -> list[mx.array]:
-        """`length` tokens, each [1], that may follow `text`: a graph, nothing is computed yet."""
+        """`length` tokens, each [1], that may follow `text`; none is waited for."""
         self._forget(len(text) - 1)
         behind, room = len(text) - self._read, self._cache.room()
         if behind > self._window or (room is not None and behind + length - 1 > room):
@@ -110,11 +110,10 @@ class DraftModel:
         while True:
             logits = self.model(tokens[None], self._cache, last_only=True)[:, 0]
             tokens = pick(logits, drafts)
+            mx.async_eval(tokens)  # type: ignore[no-untyped-call]
             drafts.append(tokens)
             if len(drafts) == length:
                 return drafts
-            if len(drafts) == 1:
-                mx.async_eval(tokens)  # type: ignore[no-untyped-call]
 
     def _forget(self, tokens: int) -> None:
         """Forget what was read beyond the first `tokens` of the text: drafts that didn't hold."""

@@ -22,10 +22,10 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         InputError: when there is no such directory or repository.
         OpenELMError: when the hub can't be reached.
     """
-    path = Path(path_or_hf_repo).expanduser()
-    if path.is_file():
-        raise InputError(f"{path} is a file, not a model directory (convert it: openelm-convert)")
-    return _local(path) or _download(str(path_or_hf_repo), MODEL_FILES, revision)
+    found = _local(Path(path_or_hf_repo).expanduser())
+    if found and found.is_file():
+        raise InputError(f"{found} is a file, not a model directory (convert it: openelm-convert)")
+    return found or _download(str(path_or_hf_repo), MODEL_FILES, revision)
 
 
 def resolve_source(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -54,7 +54,22 @@ def resolve_tokenizer(path_or_hf_repo: str | Path) -> Path:
 
 
 def _local(path: Path) -> Path | None:
-    return path if path.exists() else BUNDLED.get(str(path))
+    try:
+        return path if path.exists() else BUNDLED.get(str(path))
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def origin(directory: Path) -> tuple[str, str] | None:
+    """Repository and commit that a directory of the hub's cache holds; None for any other.
+
+    The cache has `models--OWNER--NAME/snapshots/COMMIT`.
+    """
+    parts = directory.absolute().parts[-3:]
+    if len(parts) < 3 or parts[1] != "snapshots" or parts[0].count("--") != 2:
+        return None
+    _, owner, name = parts[0].split("--")
+    return f"{owner}/{name}", parts[2]
 
 
 def upload(repo: str, files: Mapping[str, Path | bytes], private: bool) -> str:

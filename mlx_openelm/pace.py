@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import NamedTuple
 
 LENGTHS = (1, 2, 4, 8, 16)  # few, because a step is compiled for each: it takes one token more
 RECENT = 16  # measurements that count, of each kind
+PLAIN = ""  # the source of no draft
 ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
-ALLOWANCE = 2.5  # plain steps that may be lost to finding out, at the start...
+ALLOWANCE = 1.8  # plain steps that may be lost to finding out, at the start...
 SLACK = 0.02  # ...and the share of all time that may be, afterwards
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
 REFRESH_EVERY = 48  # rounds after which the plain step is measured again
@@ -47,45 +48,50 @@ class Costs:
             lambda: deque(maxlen=RECENT)
         )
         self._warm: set[tuple[str, int]] = set()
+        self._lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
 
     def add(self, source: str, length: int, seconds: float) -> None:
         """Note what a round with `length` drafted tokens of `source` took."""
         key = (source, length)
         if key in self._warm:
             self._measured[key].append(seconds)
+            self._lines.clear()
         self._warm.add(key)
 
     @property
     def plain(self) -> float | None:
         """Seconds of a plain step, once enough have been measured."""
-        steps = self._measured["", 0]
-        return _low(steps) if len(steps) >= ENOUGH else None
+        line = self._line(PLAIN, ENOUGH)
+        return line[0][1] if line else None
 
     def round(self, kind: Kind, length: int, enough: int = ENOUGH) -> float:
         """Seconds of a round that drafts `length` tokens and verifies them.
 
         Lengths measured less than `enough` times lie on the line between their neighbours, the
-        plain step being the one of length 0; beyond the longest, the line goes on. A shorter
-        round takes no more than a longer one.
+        plain step being the one of length 0; beyond the longest, the line goes on.
         """
         plain = self.plain
         assert plain is not None
-        known: list[tuple[int, float]] = []
-        for (source, n), seconds in sorted(self._measured.items(), reverse=True):
-            if source == kind.source and len(seconds) >= enough:
-                shortest = min([_low(seconds), *(t for _, t in known)])
-                known.append((n, shortest))
-        known.reverse()
-        points = [(0, plain), *known]
-        for (n0, t0), (n1, t1) in pairwise(points):
+        known = self._line(kind.source, enough)
+        n0, t0 = 0, plain
+        for n1, t1 in known:
             if length <= n1:
                 return t0 + (t1 - t0) * (length - n0) / (n1 - n0)
-        (n1, t1) = points[-1]
+            n0, t0 = n1, t1
         slope = kind.slope * plain
         if len(known) > 1:
-            (n0, t0) = known[-2]
-            slope = (t1 - t0) / (n1 - n0)
-        return t1 + slope * (length - n1)
+            slope = (t0 - known[-2][1]) / (n0 - known[-2][0])
+        return t0 + slope * (length - n0)
+
+    def _line(self, source: str, enough: int) -> list[tuple[int, float]]:
+        """Lengths, and seconds of a round; a shorter round takes no more than a longer one."""
+        if (source, enough) not in self._lines:
+            line: list[tuple[int, float]] = []
+            for (name, n), seconds in sorted(self._measured.items(), reverse=True):
+                if name == source and len(seconds) >= enough:
+                    line.append((n, min([_low(seconds), *(t for _, t in line[-1:])])))
+            self._lines[source, enough] = line[::-1]
+        return self._lines[source, enough]
 
 
 def _low(values: Sequence[float]) -> float:
@@ -147,7 +153,7 @@ class Pace:
         """
         plain = self.costs.plain
         if in_time:
-            self.costs.add("", 0, seconds)
+            self.costs.add(PLAIN, 0, seconds)
             self._rounds = 0
             self._refresh = max(self._refresh - 1, 0)
         elif plain is not None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -21,7 +22,7 @@ from .decoding import prefill, token_limit
 from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
 from .model import OpenELM
-from .pace import LENGTHS, Kind, Pace
+from .pace import LENGTHS, Costs, Kind, Pace
 from .sampling import LogitsProcessor, Sampler, make_sampler
 
 
@@ -49,6 +50,14 @@ class Speculation:
     def tokens_per_step(self) -> float:
         """Generated tokens per step of the model."""
         return self.tokens / self.steps if self.steps else 0.0
+
+    def report(self) -> dict[str, float]:
+        """All of it by name."""
+        return {
+            **asdict(self),
+            "acceptance": self.acceptance,
+            "tokens_per_step": self.tokens_per_step,
+        }
 
 
 class Step(NamedTuple):
@@ -89,6 +98,7 @@ def speculative_generate_step(
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
+    cached_tokens: Sequence[int] = (),
     prefill_step_size: int = 512,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     vocab_size: int | None = None,
@@ -105,7 +115,8 @@ def speculative_generate_step(
         prompt_lookup: draft what followed when the last few tokens occurred before.
         num_draft_tokens: how many tokens are drafted at most; how many are is decided by `pace`.
         statistics: is kept up to date.
-        pace: decides the length of each draft; its measurements can serve another generation.
+        pace: decides the length of each draft; by default it begins with what was measured when
+            the same models generated before.
 
     Yields:
         The token, the log-probabilities [vocab] it was chosen by, and whether it was drafted.
@@ -131,15 +142,25 @@ def speculative_generate_step(
             f"the draft model knows {draft_model.config.vocab_size} tokens, the model "
             f"{vocab_size}: they can't have the same tokenizer"
         )
+    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
     return _Loop(
         model,
         cache,
-        Chooser(sampler or make_sampler(), logits_processors or (), prompt, vocab_size),
+        Chooser(sampler or make_sampler(), logits_processors or (), seen, vocab_size),
         DraftModel(draft_model) if draft_model is not None else None,
         PromptLookup() if prompt_lookup else None,
-        pace or Pace(num_draft_tokens),
+        pace or Pace(num_draft_tokens, _costs(model, draft_model)),
         statistics or Speculation(),
-    ).run(prompt, max_tokens, prefill_step_size, prompt_progress_callback)
+    ).run(prompt, cached_tokens, max_tokens, prefill_step_size, prompt_progress_callback)
+
+
+_measured: WeakKeyDictionary[OpenELM, WeakKeyDictionary[OpenELM, Costs]] = WeakKeyDictionary()
+
+
+def _costs(model: OpenELM, draft_model: OpenELM | None) -> Costs:
+    """What has been measured with these models in this process."""
+    by_draft = _measured.setdefault(model, WeakKeyDictionary())
+    return by_draft.setdefault(draft_model or model, Costs())
 
 
 class _Loop:
@@ -164,6 +185,7 @@ class _Loop:
     def run(
         self,
         prompt: mx.array,
+        cached_tokens: Sequence[int],
         max_tokens: int,
         prefill_step_size: int,
         progress: Callable[[int, int], None] | None,
@@ -172,11 +194,12 @@ class _Loop:
         assert left is not None  # the context doesn't slide
         logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
         step = self._chosen(logits)
-        self._extend(cast("list[int]", prompt.tolist()))
+        self._extend([*cached_tokens, *cast("list[int]", prompt.tolist())])
+        self.before -= len(cached_tokens)
         if progress:
             mx.eval(step.tokens)
             progress(prompt.size, prompt.size)
-        given = prompt.size
+        given = len(self.text)
         then: float | None = None
         try:
             while True:

@@ -91,6 +91,16 @@ class Tokenizer:
         detokenizer.finalize()
         return detokenizer.text
 
+    def difference(self, other: Tokenizer) -> str | None:
+        """Where two tokenizers give a token different texts, in words; None: nowhere."""
+        if self.vocab_size != other.vocab_size:
+            return f"{other.vocab_size} pieces instead of {self.vocab_size}"
+        mine, theirs = self._vocabulary.piece, other._vocabulary.piece
+        for token in range(self.vocab_size):
+            if mine(token) != theirs(token):
+                return f"token {token} is {theirs(token)!r} instead of {mine(token)!r}"
+        return None
+
     @property
     def detokenizer(self) -> StreamingDetokenizer:
         """A fresh streaming detokenizer, at every access."""

@@ -4,13 +4,18 @@
 
 Of a directory one file is changed. Pickles inside zip files, and JSON (of a directory, or in the
 header of a safetensors file) are also changed as such, so that what is around them stays valid.
-Every input must give tensors or an `InputError`, within 10 seconds and 1 GiB of memory. An input
-that does anything else is kept as fuzz-failure, and the status is 1.
+Every input must give tensors or an `InputError`, within 10 seconds and 1 GiB of memory; what can
+be read is converted too. Meanwhile Python itself watches (audit hooks, PEP 578): no stranger's
+module may be imported, nothing started or connected to, and nothing written outside of the folder
+that this script works in. An input that does anything else is kept as fuzz-failure, and the
+status is 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -23,16 +28,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["MLX_OPENELM_BLAS"] = "0"  # MLX comes first here, and its own will do
+
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
+from mlx_openelm.convert.commands.checkpoint import open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.convert.sources.peft import is_peft, open_peft
+from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
@@ -203,17 +212,70 @@ def outcome(path: Path, tensors: dict[str, bytes]) -> str:
     except InputError as error:
         check(error)
         return "refused"
+    kind = "the same" if found == tensors else "other tensors"
     try:
-        if not is_peft(path):
-            infer(map_names(split(open_source(path).tensors)[0])[0])
+        convert_all(path)
     except InputError as error:
         check(error)
-    return "the same" if found == tensors else "other tensors"
+        return f"{kind}, not converted"
+    return f"{kind}, converted"
+
+
+def convert_all(path: Path) -> None:
+    """Make a model directory of it, beside it."""
+    adapter = is_peft(path) or split(open_source(path).tensors)[1]
+    args = argparse.Namespace(config=None, ema=False, lora_alpha=None, revision=None)
+    args.base = str(FIXTURES / "float32.pt") if adapter else None
+    checkpoint = open_checkpoint(str(path), args)
+    out = path.with_name("output")
+    convert(checkpoint.tensors, checkpoint.config, out, Options(), force=True)
 
 
 def check(error: InputError) -> None:
     """A refusal is one short line."""
     assert "\n" not in str(error) and len(str(error)) <= 2000, error
+
+
+FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
+FORBIDDEN += ("socket.connect", "pickle.find_class", "ctypes.dlopen", "code.__new__")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+OURS = ("mlx_openelm", "mlx", "numpy")
+
+
+def watch(folder: Path) -> Callable[[bool], None]:
+    """From now on, end the script when anything is done that reading must not do.
+
+    Returns:
+        A switch for it.
+    """
+    on = True
+
+    def inside(path: object) -> bool:
+        return not isinstance(path, str) or Path(path).absolute().is_relative_to(folder)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not on:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            allowed = not writes or inside(path)
+        elif event in CHANGES:  # a path under a descriptor has been opened, that is, checked
+            allowed = arguments[-1] != -1 or all(map(inside, arguments))
+        elif event == "import":
+            top = arguments[0].partition(".")[0]
+            allowed = top in OURS or top in sys.stdlib_module_names
+        else:
+            allowed = event not in FORBIDDEN
+        if not allowed:
+            raise SystemExit(f"{event} {arguments}")  # no Exception, as in `too_slow`
+
+    def switch(value: bool) -> None:
+        nonlocal on
+        on = value
+
+    sys.addaudithook(hook)
+    return switch
 
 
 def limit_memory() -> None:
@@ -235,6 +297,7 @@ def main(count: int, seed: int) -> int:
         files = {kind: sorted(kind.iterdir()) if kind.is_dir() else [kind] for kind in kinds}
         contents = {file: file.read_bytes() for group in files.values() for file in group}
         limit_memory()
+        watching = watch(Path(directory))
         for _ in range(count):
             kind = chance.choice(kinds)
             file = chance.choice(files[kind])
@@ -252,6 +315,7 @@ def main(count: int, seed: int) -> int:
             try:
                 outcomes[f"{what}: {outcome(path, tensors[kind])}"] += 1
             except BaseException:
+                watching(False)
                 shutil.rmtree("fuzz-failure", ignore_errors=True)
                 shutil.move(path, "fuzz-failure")
                 print(f"fuzz-failure, made from {what} of {file.name}, breaks", file=sys.stderr)

@@ -109,7 +109,7 @@ def test_pefts_directories(run: Run, tmp_path: Path, name: str, base: str) -> No
     if dtype == "float32":
         check(out, name)
     record = json.loads((out / "conversion.json").read_text())
-    assert record["source"]["kind"].startswith("PEFT adapter of ")
+    assert record["source"]["kind"].startswith("PEFT adapter")
 
 
 def edit(directory: Path, **values: object) -> None:
@@ -206,6 +206,22 @@ def test_settings_that_are_refused(
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (BASE, ["--base", BASE], "float32.pt: has no adapter; --base and --lora-alpha are"),
+        (BASE, ["--lora-alpha", "8"], "float32.pt: has no adapter; --base and --lora-alpha are"),
+        (FIXTURES / "peft_lora", ["--base", BASE, "--ema"], "which has no averaged weights"),
+    ],
+)
+def test_options_that_do_not_apply(
+    run: Run, tmp_path: Path, source: Path, options: list[str], message: str
+) -> None:
+    result = run(MODULE, source, "-o", tmp_path / "out", *options)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
 
 
 def test_what_an_adapter_alone_needs(run: Run, tmp_path: Path) -> None:

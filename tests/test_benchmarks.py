@@ -61,7 +61,7 @@ model:
 def test_what_is_said_of_the_numbers() -> None:
     fast, slow = {"seconds": 2.0, "peak_bytes": 1e8}, {"seconds": 3.0, "peak_bytes": 2e9}
     said = conversion._ratio({"mlx-openelm": [fast, fast], "PyTorch": [slow, slow]})
-    assert said == "1.50 times as fast (1.50 to 1.50 pair by pair), in 1/20.0 of the memory"
+    assert said == "PyTorch's time over ours: 1.50x (1.50 to 1.50); memory: 20.0x"
 
 
 def test_startup_prints_its_table(run: Run) -> None:

@@ -101,6 +101,26 @@ def test_a_config_is_used_and_must_fit(run: Run, out: Path, tmp_path: Path) -> N
     assert load_model(out).config.max_context_length == 77  # untouched
 
 
+def test_a_directory_whose_config_disagrees_with_its_tensors(
+    run: Run, huggingface: Path, out: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(huggingface, tmp_path / "source"))
+    values = json.loads((source / "config.json").read_text())
+    for field, message in (
+        ({"vocab_size": 4097}, "[4096, 192]; the config says [4097, 192]"),
+        ({"model_dim": 128}, "[4096, 192]; the config says [4096, 128]"),
+        ({"num_query_heads": [4] * 8}, "qkv_proj.weight has the shape [256, 192]"),
+        ({"num_query_heads": [2] * 7}, "num_query_heads"),
+        ({"share_input_output_layers": False}, "lm_head.weight [4096, 192] is missing"),
+    ):
+        (source / "config.json").write_text(json.dumps({**values, **field}))
+        for command in ([MODULE, source, "-o", out], [MODULE, "inspect", source]):
+            result = run(*command)
+            assert result.returncode == 2
+            assert message in result.stderr.splitlines()[-1]
+            assert nothing_is_left(out)
+
+
 def test_a_corenet_yaml_names_a_published_size(run: Run, out: Path, tmp_path: Path) -> None:
     file = tmp_path / "openelm.yaml"
     file.write_text(

@@ -17,6 +17,7 @@ import pytest
 from mlx_openelm import OpenELM, OpenELMConfig, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
 from mlx_openelm.convert.export import export
+from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
@@ -174,6 +175,21 @@ def test_the_values_in_a_gguf(tmp_path: Path, dtype: str | None) -> None:
         assert np.abs(found[name] - values).max() <= (0 if exact else tolerance * largest), name
 
 
+def test_bfloat16_goes_exactly_and_is_not_forced_into_float16(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    arrays = {name: array.astype(mx.bfloat16) for name, array in read_arrays(DEMO)[0].items()}
+    name = "transformer.layers.0.ffn.proj_2.weight"
+    arrays[name] = mx.concatenate([mx.full((1, arrays[name].shape[1]), 1e5), arrays[name][1:]])
+    arrays[name] = arrays[name].astype(mx.bfloat16)
+    save_model(directory, load_model(DEMO).config, arrays)
+    export(directory, tmp_path / "demo.gguf", "gguf")
+    found = gguf_tensors(tmp_path / "demo.gguf")
+    for key, values in as_gguf(arrays).items():
+        assert np.array_equal(found[key], values), key
+    with pytest.raises(InputError, match="proj_2.weight holds 9.984e.04, more than float16"):
+        export(directory, tmp_path / "half.gguf", "gguf", "float16")
+
+
 @pytest.mark.parametrize("group", ["32", "64", "128"])
 def test_four_bits_are_q4_1_exactly(run: Run, tmp_path: Path, group: str) -> None:
     options = ("-q", "--group-size", group, "--dtype", "float16")
@@ -296,6 +312,19 @@ def test_what_q4_1_cannot_hold(run: Run, tmp_path: Path, options: list[str], rea
     if options:  # but dequantized it goes
         result = run(MODULE, *arguments, "--dtype", "float16")
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("format", ["hf", "corenet"])
+def test_what_is_not_finite_goes_as_it_is_but_is_not_cast(tmp_path: Path, format: str) -> None:
+    model = random_model(CONFIGS["uneven"])
+    arrays = dict(model.parameters())
+    arrays["transformer.norm.weight"] = mx.full((32,), float("inf"))
+    save_model(tmp_path, model.config, arrays)
+    export(tmp_path, tmp_path / "out", format)
+    tensors, _ = map_names(open_source(tmp_path / "out").tensors)
+    assert tensors["transformer.norm.weight"].read().tolist() == [float("inf")] * 32
+    with pytest.raises(InputError, match="norm.weight holds a value that is not finite"):
+        export(tmp_path, tmp_path / "half", format, "float16")
 
 
 def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ def test_a_prompt_from_stdin_loses_its_last_newline(run: Run) -> None:
 
 def test_verbose_tells_speed_and_memory(run: Run) -> None:
     result = run(MODULE, "-p", PROMPT, "-m", "5", "-v")
-    for words in ("first token after", "Prompt: ", "Generation: 5 tokens", "Peak memory: "):
+    for words in (
+        "Start: imports ",
+        "first token after",
+        "Prompt: ",
+        "Generation: 5 tokens",
+        "Peak memory: ",
+    ):
         assert words in result.stderr
 
 
@@ -52,6 +58,19 @@ def test_json_is_one_object(run: Run) -> None:
     assert report["text"] == text
     assert report["finish_reason"] == "length"
     assert len(report["tokens"]) == report["generation_tokens"] == 6
+
+
+def test_drafts_change_nothing_but_the_speed(run: Run) -> None:
+    options = ("-p", PROMPT, "-m", "60", "-q", "--repetition-penalty", "1.1")
+    alone = json.loads(run(MODULE, *options, "--json").stdout)
+    assert "drafts" not in alone
+    sources = ("--draft-model", "demo-draft", "--prompt-lookup", "--num-draft-tokens", "3")
+    drafted = json.loads(run(MODULE, *options, *sources, "--json").stdout)
+    assert drafted["tokens"] == alone["tokens"]
+    assert drafted["drafts"]["tokens"] == 60
+    assert 1 <= drafted["drafts"]["tokens_per_step"] <= 4
+    told = run(MODULE, *options[:-3], *sources, "-v").stderr
+    assert "Drafts: " in told and "tokens per step" in told
 
 
 def test_sampling_options_reach_the_sampler(run: Run) -> None:
@@ -95,6 +114,9 @@ def test_chat_puts_the_prompt_into_the_instruct_format(
         (["--tokenizer", "./nowhere.model"], "./nowhere.model: no such file"),
         (["--max-kv-size", "2"], "max_kv_size must be more than 4"),
         (["--kv-bits", "3"], "kv_bits must be 4 or 8, not 3"),
+        (["--draft-model", "./nowhere"], "./nowhere: no such file or directory"),
+        (["--prompt-lookup", "--num-draft-tokens", "0"], "num_draft_tokens must be at least 1"),
+        (["--prompt-lookup", "--max-kv-size", "99"], "can't be combined with a context that slid"),
         (["--temp", "warm"], "argument --temp: invalid float value: 'warm'"),
     ],
 )

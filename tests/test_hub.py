@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_openelm.convert.card import model_card
 from mlx_openelm.hub import BUNDLED
 
 from .conftest import Run
@@ -175,6 +176,9 @@ def test_a_repository_is_converted_and_keeps_the_tokenizer(
     result = run("mlx_openelm.convert", *options, **hub)
     assert result.returncode == 0, result.stderr
     assert generate(run, "--model", out)[:2] == generate(run, "--model", DEMO)[:2]
+    source = json.loads((out / "conversion.json").read_text())["source"]
+    assert (source["repo"], source["commit"]) == ("apple/OpenELM-Tiny", COMMIT)
+    assert "base_model: apple/OpenELM-Tiny\n" in model_card(out, "someone/tiny", None, None)
 
 
 def test_a_directory_is_uploaded_with_a_model_card(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.convert.atomic import new_directory, new_file
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.errors import InputError
+from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.hub import resolve, resolve_source, resolve_tokenizer
 
 from .checkpoints import FIXTURES, tensor, torch_file
 
@@ -168,11 +173,47 @@ def test_averaged_weights_are_in_training_checkpoints_only(tmp_path: Path) -> No
             open_source(path, ema=True)
 
 
-def test_no_permission_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder of one's own, and no rights beyond: a superuser becomes nobody meanwhile."""
+    directory = Path(tempfile.mkdtemp())
+    user = os.geteuid()
+    if user == 0:
+        os.chown(directory, 65534, -1)
+        os.seteuid(65534)
+    yield directory
+    os.seteuid(user)
+    for path in directory.iterdir():
+        path.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def test_no_permission_says_so(nobody: Path) -> None:
+    path = nobody / "x.pt"
     path.write_bytes((FIXTURES / "float32.pt").read_bytes())
+    open_source(path)
     path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user may read everything")
-    with pytest.raises(InputError, match="Permission denied"):
+    with pytest.raises(InputError, match="x.pt: can't be read .Permission denied"):
         open_source(path)
+
+
+def test_a_directory_that_may_not_be_entered(nobody: Path) -> None:
+    (nobody / "closed").mkdir(mode=0)
+    for find in (resolve, resolve_source, resolve_tokenizer):
+        with pytest.raises(InputError, match="x: can't be read .Permission denied"):
+            find(nobody / "closed" / "x")
+    for check in (new_directory, new_file):
+        for out, words in (("closed/x", "can't be looked into"), ("closed", "closed")):
+            with pytest.raises(OpenELMError, match=words), check(nobody / out, False):
+                pass
+
+
+def test_a_directory_that_may_not_be_written_to(nobody: Path) -> None:
+    (nobody / "readonly").mkdir(mode=0o555)
+    for make in (new_directory, new_file):
+        with (
+            pytest.raises(OpenELMError, match="can't be written .Permission denied"),
+            make(nobody / "readonly" / "x", False),
+        ):
+            pass
+    assert list((nobody / "readonly").iterdir()) == []

@@ -113,6 +113,9 @@ def test_a_tensor_that_stays_incomplete_is_an_error(tmp_path: Path) -> None:
 def test_the_largest_magnitude(dtype: mx.Dtype) -> None:
     values = [0.0, 3.0, -7.5, 1e-4]
     assert largest(mx.array(values, dtype)) == 7.5
+    assert largest(-mx.array(values, dtype)) == 7.5
+    assert largest(-mx.abs(mx.array(values[1:], dtype))) == 7.5
+    assert largest(mx.zeros(3, dtype)) == largest(-mx.zeros(3, dtype)) == 0
     assert largest(mx.array([*values, float("-inf")], dtype)) == float("inf")
     assert np.isnan(largest(mx.array([*values, float("inf"), float("nan")], dtype)))
 
@@ -288,6 +291,23 @@ def test_a_full_disk_says_so_and_leaves_nothing(
     assert opened.config is not None
     with pytest.raises(OpenELMError, match="out: can't be written .No space left on device"):
         writer.convert(opened.tensors, opened.config, tmp_path / "out", writer.Options())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["convert", "hf", "corenet", "gguf"])
+def test_a_file_that_the_system_cuts_short(tmp_path: Path, command: str) -> None:
+    """A limit on the size of a file stands for the full disk; this time it is the real thing."""
+    out = tmp_path / "out"
+    arguments = ["demo", "-o", str(out)]
+    if command != "convert":
+        arguments = ["export", *arguments, "--format", command]
+    code = "import resource, sys; from mlx_openelm.convert.__main__ import main;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 1
+    assert f"error: {out}: can't be written (File too large)" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm import __version__, jit
+from mlx_openelm import OpenELM, __version__, jit
 from mlx_openelm.batching import batch_generate_step
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
@@ -18,6 +18,8 @@ from mlx_openelm.hub import resolve
 from mlx_openelm.speculative import Speculation, speculative_generate_step
 
 from . import Measured, Runtime, Workload
+
+_DRAFTING = ("draft_model", "prompt_lookup", "num_draft_tokens")
 
 
 def version() -> str:
@@ -34,31 +36,16 @@ def load(directory: Path) -> Runtime:
         if len(workload.prompts) > 1:
             return _batch(model, workload)
         [prompt] = workload.prompts
-        options = _options(workload)
-        speculation = Speculation()
+        found = Speculation()
         start = time.perf_counter()
-        steps: Iterator[tuple[Any, ...]]
-        if options:
-            steps = speculative_generate_step(
-                mx.array(prompt),
-                model,
-                max_tokens=workload.gen_tokens,
-                statistics=speculation,
-                **options,
-            )
-        else:
-            steps = generate_step(mx.array(prompt), model, max_tokens=workload.gen_tokens)
-        tokens, times = [], []
-        for token, *_ in steps:
+        times, tokens = [], []
+        for response in _steps(model, mx.array(prompt), workload, found):
             times.append(time.perf_counter() - start)
-            tokens.append(token)
-        statistics = {
-            "acceptance": speculation.acceptance,
-            "tokens per step": speculation.tokens_per_step,
-        }
-        return Measured(
-            times[0], times[-1] - times[0], [tokens], times, statistics if options else {}
-        )
+            tokens.append(response[0])
+        statistics = {}
+        if found.steps:
+            statistics = {"acceptance": found.acceptance, "tokens per step": found.tokens_per_step}
+        return Measured(times[0], times[-1] - times[0], [tokens], times, statistics)
 
     cache = model.make_cache()
 
@@ -69,29 +56,31 @@ def load(directory: Path) -> Runtime:
     return Runtime(run, step)
 
 
-def _options(workload: Workload) -> dict[str, Any]:
-    options = dict(workload.options)
-    if "draft_model" in options:
+def _steps(
+    model: OpenELM, prompt: mx.array, workload: Workload, found: Speculation
+) -> Iterator[tuple[Any, ...]]:
+    options: dict[str, Any] = dict(workload.options)
+    if not options.keys() & set(_DRAFTING):
+        return generate_step(prompt, model, max_tokens=workload.gen_tokens, **options)
+    if options.get("draft_model") is not None:
         options["draft_model"] = _draft(str(options["draft_model"]))
-    return options
+    return speculative_generate_step(
+        prompt, model, max_tokens=workload.gen_tokens, statistics=found, **options
+    )
 
 
 @cache
-def _draft(directory: str) -> Any:
+def _draft(directory: str) -> OpenELM:
     return load_model(resolve(directory))
 
 
-def _batch(model: Any, workload: Workload) -> Measured:
+def _batch(model: OpenELM, workload: Workload) -> Measured:
+    made: list[list[int]] = [[] for _ in workload.prompts]
+    prompts = [mx.array(prompt) for prompt in workload.prompts]
     start = time.perf_counter()
-    steps = batch_generate_step(
-        [mx.array(prompt) for prompt in workload.prompts],
-        model,
-        [workload.gen_tokens] * len(workload.prompts),
-    )
-    tokens: list[list[int]] = [[] for _ in workload.prompts]
-    times = []
-    for step in steps:
-        times.append(time.perf_counter() - start)
+    first = 0.0
+    for step in batch_generate_step(prompts, model, [workload.gen_tokens] * len(prompts)):
+        first = first or time.perf_counter() - start
         for i, token in step:
-            tokens[i].append(token)
-    return Measured(times[0], times[-1] - times[0], tokens)
+            made[i].append(token)
+    return Measured(first, time.perf_counter() - start - first, made)

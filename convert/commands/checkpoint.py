@@ -57,10 +57,14 @@ def open_checkpoint(
     """
     path = resolve_source(name, args.revision)
     if is_peft(path):
+        if args.ema:
+            raise InputError(f"{path}: an adapter, which has no averaged weights (--ema)")
         return _with_peft(open_peft(path), args, known)
     source = open_source(path, ema=args.ema)
     plain, adapters = split(source.tensors)
     tensors, notes = map_names(plain)
+    if not adapters and (args.base is not None or args.lora_alpha is not None):
+        raise InputError(f"{path}: has no adapter; --base and --lora-alpha are for those")
     if adapters and EMBEDDINGS not in tensors:
         if args.base is None:
             raise InputError(f"{path}: an adapter without its base weights; name them with --base")
@@ -90,14 +94,13 @@ def _with_peft(
     saved, notes = map_names(plain)
     scale = adapter.scale if args.lora_alpha is None else alpha_over_rank(args.lora_alpha)
     tensors, config, merged = merge(base.tensors | saved, adapters, scale, base.config)
-    kind = f"PEFT adapter of {name}"
-    notes = [*base.notes, *notes, *merged]
-    return Checkpoint(replace(base.source, kind=kind), tensors, config, notes)
+    source = replace(base.source, kind="PEFT adapter, merged into its base")
+    return Checkpoint(source, tensors, config, [*base.notes, *notes, *merged])
 
 
 def _base(name: str, args: argparse.Namespace, known: OpenELMConfig | None) -> Checkpoint:
-    without = argparse.Namespace(**{**vars(args), "base": None, "revision": None, "ema": False})
-    return open_checkpoint(name, without, known)
+    ours = {"base": None, "lora_alpha": None, "revision": None, "ema": False}
+    return open_checkpoint(name, argparse.Namespace(**{**vars(args), **ours}), known)
 
 
 def _corenet_scale(args: argparse.Namespace) -> tuple[Scale, list[str]]:

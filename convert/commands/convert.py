@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_openelm.command import tell
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import resolve_tokenizer
+from mlx_openelm.hub import origin, resolve_tokenizer
 from mlx_openelm.quantization import MODES
 from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
 
@@ -18,7 +18,7 @@ from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
 from ..writer import Conversion, Options, convert
 from .checkpoint import add_source_options, open_checkpoint, tell_notes
-from .progress import progress
+from .progress import progress, size
 from .verify import compare_with_source
 
 DESCRIPTION = "Convert an OpenELM checkpoint to a model directory that mlx-openelm, mlx-lm and "
@@ -90,14 +90,14 @@ def command(args: argparse.Namespace) -> int:
         chat=args.chat or _chats(args.source, checkpoint.source),
         allow_nonfinite=args.allow_nonfinite,
     )
-    with progress(sum(t.nbytes for t in checkpoint.tensors.values())) as report:
+    with progress(size(checkpoint.tensors)) as report:
         done = convert(
             checkpoint.tensors,
             checkpoint.config,
             args.out,
             options,
             tokenizer=tokenizer,
-            source={"kind": checkpoint.source.kind},
+            source=_source(args, checkpoint.source),
             force=args.force,
             progress=report,
         )
@@ -109,6 +109,16 @@ def command(args: argparse.Namespace) -> int:
         )
     print(_closing(args.out, done))
     return compare_with_source(args.out, checkpoint) if args.verify else 0
+
+
+def _source(args: argparse.Namespace, source: Source) -> dict[str, object]:
+    """What the record says of the source: nothing that depends on where it lies here."""
+    found: dict[str, object] = {"kind": source.kind}
+    if hub := origin(source.path):
+        found["repo"], found["commit"] = hub
+    if args.lora_alpha is not None:
+        found["lora_alpha"] = args.lora_alpha
+    return found
 
 
 def _quantized_already(source: Source, strict: bool) -> list[str]:

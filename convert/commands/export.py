@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_openelm.hub import resolve
 
-from ..export import FORMATS, export
+from ..checkpoint import open_directory
+from ..export import FORMATS, write
 from .checkpoint import tell_notes
+from .progress import progress, size, watched
 
 DESCRIPTION = "Write a model directory in another format: " + "; ".join(
     f"{name}, {format.what}" for name, format in FORMATS.items()
@@ -28,7 +31,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Export, say what was made."""
-    notes = export(resolve(args.directory), args.out, args.format, args.dtype, args.force)
+    model = open_directory(resolve(args.directory))
+    with progress(size(model.tensors)) as report:
+        model = replace(model, tensors=watched(model.tensors, report))
+        notes = write(model, args.out, args.format, args.dtype, args.force)
     tell_notes(notes)
     files = [args.out] if args.out.is_file() else args.out.iterdir()
     print(f"{args.out}: {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")

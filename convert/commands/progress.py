@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
 
 from mlx_openelm.command import tell
+
+from ..sources import LazyTensor
 
 _LINES = 10  # where there is no terminal
 _SILENT = 64 << 20  # bytes; what is smaller is done before a line could be read
@@ -17,7 +23,7 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """Shows on standard error how many of `total` bytes are done.
 
     Yields:
-        `report(what, done)`, to be called as often as one likes.
+        `report(what, nbytes)`, to be called with every bit that is done.
     """
     if sys.stderr.isatty():
         with _bar(total) as report:
@@ -26,11 +32,32 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
         yield _lines(total)
 
 
-def _lines(total: int) -> Callable[[str, int], None]:
-    told = 0
+def size(tensors: Mapping[str, LazyTensor]) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
-    def report(what: str, done: int) -> None:
-        nonlocal told
+
+def watched(
+    tensors: Mapping[str, LazyTensor], report: Callable[[str, int], None]
+) -> dict[str, LazyTensor]:
+    """The same tensors; whenever rows of one are read, that is reported."""
+
+    def rows(name: str, tensor: LazyTensor, start: int, stop: int) -> mx.array:
+        found = tensor.rows(start, stop)
+        report(name, found.nbytes)
+        return found
+
+    return {
+        name: replace(tensor, rows=partial(rows, name, tensor)) for name, tensor in tensors.items()
+    }
+
+
+def _lines(total: int) -> Callable[[str, int], None]:
+    done = told = 0
+
+    def report(what: str, nbytes: int) -> None:
+        nonlocal done, told
+        done += nbytes
         if total > _SILENT and done * _LINES // total > told:
             told = done * _LINES // total
             tell(f"{told * 100 // _LINES:3d} % of {total / 1e6:,.0f} MB ({_short(what)})")
@@ -52,7 +79,7 @@ def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda what, done: bar.update(task, completed=done, description=_short(what))
+        yield lambda what, nbytes: bar.update(task, advance=nbytes, description=_short(what))
 
 
 def _short(tensor: str) -> str:

@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint, open_directory
 from ..verify import TOKENS, Verdict, bound_for, stored_quantization, verify
 from ..writer import without_redundant_head
 from .checkpoint import add_source_options, open_checkpoint, tell_notes
+from .progress import progress, size, watched
 
 DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
 DESCRIPTION += "the same tokens, in float32. Exit status 0: within the bound; 1: beyond it."
@@ -45,9 +46,15 @@ def compare(directory: Path, converted: Checkpoint, checkpoint: Checkpoint, coun
     """Compare a model directory with a source; prints the verdict, returns the exit status."""
     bound = bound_for({t.dtype for t in converted.tensors.values()}, stored_quantization(directory))
     source, _ = without_redundant_head(checkpoint.tensors, checkpoint.config)
-    verdict = verify(
-        source, checkpoint.config, converted.tensors, converted.config, bound, count=count
-    )
+    with progress(size(source) + size(converted.tensors)) as read:
+        verdict = verify(
+            watched(source, read),
+            checkpoint.config,
+            watched(converted.tensors, read),
+            converted.config,
+            bound,
+            count=count,
+        )
     print(report(verdict, count))
     return 0 if verdict.passed else 1
 
@@ -59,6 +66,7 @@ def report(verdict: Verdict, count: int) -> str:
         [
             f"relative difference after each stage, {count} tokens:",
             *lines,
+            f"first apart: {verdict.first_apart or 'nowhere'}",
             f"logits: largest difference {verdict.largest:.3g}, mean {verdict.mean:.3g}; KL "
             f"divergence {verdict.divergence:.3g} nats; same likeliest token at "
             f"{verdict.agreement:.0%} of positions",

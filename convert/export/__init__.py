@@ -57,10 +57,16 @@ def export(
         InputError: when the model can't be expressed in the format; nothing has been written.
         OpenELMError: when `out` can't be written.
     """
+    return write(open_directory(directory), out, format, dtype, force)
+
+
+def write(
+    model: Checkpoint, out: Path, format: str, dtype: str | None = None, force: bool = False
+) -> list[str]:
+    """Write an opened model directory in another format; as `export`."""
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     chosen = FORMATS[format]
     if dtype is not None and dtype not in chosen.dtypes:
         raise InputError(f"{format} has no dtype {dtype!r}, only {', '.join(chosen.dtypes)}")
-    model = open_directory(directory)
     return [*model.notes, *chosen.write(model, out, dtype, force)]

@@ -60,7 +60,10 @@ def write_corenet(model: Checkpoint, out: Path, dtype: str | None, force: bool) 
         _add(file, "byteorder", [b"little"])
         for i, (name, tensor) in enumerate(tensors.items()):
             mlx_dtype = DTYPES[tensor.dtype][1]
-            blocks = (raw(cast(b, mlx_dtype, name)) for b in model.tensors[name].blocks())
+            blocks = (
+                raw(cast(rows, mlx_dtype, name, rows.dtype == mlx_dtype))
+                for rows in model.tensors[name].blocks()
+            )
             size = math.prod(tensor.shape) * mlx_dtype.size
             _add(file, f"data/{i}", blocks, size)
         _add(file, "version", [b"3\n"])

@@ -15,11 +15,13 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.quantization import Quantization, Scheme
 from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.shards import raw
 from mlx_openelm.tokenizer import load_tokenizer
 from mlx_openelm.tokenizer_files import Piece, parse_sentencepiece
 
 from ..atomic import new_file
 from ..checkpoint import Checkpoint
+from ..floats import DTYPES, cast
 from ..sources import LazyTensor
 from ..sources.huggingface import open_weights
 
@@ -150,8 +152,11 @@ def _plain(name: str, tensor: LazyTensor, start: int, stop: int, chosen: str) ->
     def blocks() -> Iterator[np.ndarray[Any, Any]]:
         for first in range(start, stop, rows_at_once):
             rows = tensor.rows(first, min(first + rows_at_once, stop))
-            values = np.array(rows.astype(mx.float32, stream=mx.cpu))
-            yield quants.quantize(values, kind)
+            if wanted in QUANTIZED:
+                yield quants.quantize(np.array(rows.astype(mx.float32, stream=mx.cpu)), kind)
+            else:
+                dtype = DTYPES[wanted]
+                yield np.asarray(raw(cast(rows, dtype, tensor.name, rows.dtype == dtype)))
 
     size, per = _block_size(kind)
     count = int(np.prod(shape))
@@ -178,14 +183,14 @@ def _packed(model: Checkpoint) -> dict[str, tuple[LazyTensor, LazyTensor, LazyTe
             f"{path}: isn't quantized; q4_1 is for models of 4 bits (openelm-convert -q), others "
             "can be q8_0"
         )
-    raw = open_weights(path)
+    stored = open_weights(path)
     found = {}
-    for name in raw:
+    for name in stored:
         if not name.endswith(".scales"):
             continue
         module = name.removesuffix(".scales")
         scheme = _q4_1_scheme(path, module, quantization)
-        parts = (raw[f"{module}.weight"], raw[name], raw[f"{module}.biases"])
+        parts = (stored[f"{module}.weight"], stored[name], stored[f"{module}.biases"])
         for part in parts[1:]:
             _check_float16(part, path)
         found[module] = (*parts, scheme)

@@ -30,7 +30,7 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
         with new_shards(directory, specs, _METADATA) as write:
             for name, spec in specs.items():
                 for rows in tensors[name].blocks():
-                    write(name, raw(cast(rows, spec.dtype, name)))
+                    write(name, raw(cast(rows, spec.dtype, name, rows.dtype == spec.dtype)))
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
         for name in _TOKENIZER:

@@ -6,10 +6,19 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from .. import __version__, make_logits_processors, make_sampler
-from ..checkpoint import load
+from .. import (
+    IMPORTING,
+    InputError,
+    OpenELM,
+    PromptCache,
+    __version__,
+    make_logits_processors,
+    make_sampler,
+)
+from ..checkpoint import load, load_draft
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
@@ -66,12 +75,35 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
     )
+    drafts = p.add_argument_group("drafts: the same text, sooner")
+    drafts.add_argument(
+        "--draft-model",
+        metavar="DIR_OR_REPO",
+        help="a smaller model with the same tokenizer, for several tokens a step",
+    )
+    drafts.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="copy from what was said before, where the text repeats it",
+    )
+    drafts.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="at most N at once (default: 16; how many pay is measured)",
+    )
     more = p.add_argument_group("more")
     more.add_argument(
         "--max-kv-size", type=int, metavar="N", help="remember N tokens: the context slides"
     )
     more.add_argument(
         "--kv-bits", type=int, metavar="N", help="remember in 8 or 4 bits: a smaller cache"
+    )
+    more.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what the text has in common with the last one kept here isn't computed again",
     )
     more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="for a model without one")
     more.add_argument(
@@ -103,6 +135,8 @@ def command(args: argparse.Namespace) -> int:
             args.temp, args.top_p, args.min_p, top_k=args.top_k, seed=args.seed
         ),
         "logits_processors": make_logits_processors(repetition_penalty=args.repetition_penalty),
+        "prompt_lookup": args.prompt_lookup,
+        "num_draft_tokens": args.num_draft_tokens,
     }
     if args.model is None and not args.quiet:
         tell(
@@ -110,53 +144,86 @@ def command(args: argparse.Namespace) -> int:
             "model: --model apple/OpenELM-270M-Instruct --tokenizer meta-llama/Llama-2-7b-hf)"
         )
     start = time.perf_counter()
+    seconds: dict[str, float] = {}
     model, tokenizer = load(
-        args.model or BUNDLED["demo"], tokenizer=args.tokenizer, revision=args.revision
+        args.model or BUNDLED["demo"],
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        seconds=seconds,
     )
+    if args.draft_model is not None:
+        options["draft_model"] = load_draft(args.draft_model, tokenizer)
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"] = _prompt_cache(args, model)
     loaded = time.perf_counter()
     if args.chat and prompt:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
 
-    responses: list[GenerationResponse] = []
+    texts: list[str] = []
+    tokens: list[int] = []
+    last: GenerationResponse | None = None  # all of them would keep all logits
     interrupted = False
     first = loaded
     try:
         for response in stream_generate(model, tokenizer, prompt, **options):
-            if not responses:
+            if last is None:
                 first = time.perf_counter()
-            responses.append(response)
+            last = response
+            texts.append(response.text)
+            tokens.append(response.token)
             if not args.json:
                 print(response.text, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
+    if args.prompt_cache_file is not None:
+        options["prompt_cache"].save(args.prompt_cache_file)
     if args.json:
-        print(json.dumps(_report(responses, interrupted), ensure_ascii=False))
+        report = {"text": "".join(texts), "tokens": tokens, **_report(last, interrupted)}
+        print(json.dumps(report, ensure_ascii=False))
     else:
         print()
-    if args.verbose and responses:
+    if args.verbose and last:
         tell(str(model.policy))
-        tell(f"Loaded in {loaded - start:.3f} s, first token after {first - loaded:.3f} s more")
-        tell(summary(responses[-1]))
+        tell(
+            f"Start: imports {start - IMPORTING:.3f} s, loading {loaded - start:.3f} s (weights "
+            f"{seconds['weights']:.3f} s, beside them the tokenizer {seconds['tokenizer']:.3f} s), "
+            f"prompt and first token after {first - loaded:.3f} s more"
+        )
+        tell(summary(last))
     return INTERRUPTED if interrupted else 0
 
 
-def _report(responses: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
-    last = responses[-1] if responses else None
+def _prompt_cache(args: argparse.Namespace, model: OpenELM) -> PromptCache:
+    file = Path(args.prompt_cache_file)
+    if args.max_kv_size is not None:
+        raise InputError("--prompt-cache-file can't be combined with --max-kv-size")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such directory")
+    if not file.exists():
+        return PromptCache(model, kv_bits=args.kv_bits)
+    cache = PromptCache.load(file, model)
+    if cache.kv_bits != args.kv_bits:
+        kept = "without --kv-bits" if cache.kv_bits is None else f"with --kv-bits {cache.kv_bits}"
+        raise InputError(f"{file}: was written {kept}")
+    return cache
+
+
+def _report(last: GenerationResponse | None, interrupted: bool) -> dict[str, Any]:
     return {
-        "text": "".join(r.text for r in responses),
-        "tokens": [r.token for r in responses],
         "finish_reason": "interrupted" if interrupted else last and last.finish_reason,
         **{
             field: last and getattr(last, field)
             for field in (
                 "prompt_tokens",
+                "cached_tokens",
                 "prompt_tps",
                 "generation_tokens",
                 "generation_tps",
                 "peak_memory",
             )
         },
+        **({"drafts": last.speculation.report()} if last and last.speculation else {}),
     }
 
 
