@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -268,7 +269,11 @@ def conclusion(changes: Sequence[Change]) -> str:
     few = sum(change.verdict == "too few" for change in ours)
     if few:
         said.append(f"{few} with too few trials to say ({ENOUGH} a run)")
-    return f"{OURS}: {enumerated(said) or 'no difference beyond noise'}."
+    ties = [change.ratio for change in ours if change.verdict == "a tie"]
+    if ties:
+        least = statistics.median(max(r.value / r.low, r.high / r.value, LEAST) for r in ties) - 1
+        said.append(f"{len(ties)} a tie, where about {percent(least)} would have shown")
+    return f"{OURS}: {enumerated(said)}."
 
 
 def control(changes: Sequence[Change]) -> str:

@@ -1,12 +1,13 @@
-"""Lengths that fit into the time there is."""
+"""Lengths that fit into the time there is, and which runtime has the time for what."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from .peers import Workload
+from .peers import OURS, Workload
+from .results import Work
 from .workloads import Plan, Task
 
 # From rich to poor: (longest prompt, tokens to make, tokens of a long generation, trials)
@@ -40,20 +41,30 @@ class Speeds:
         )
 
 
+class Fitted(NamedTuple):
+    """A plan, and the works of each runtime that there is time for."""
+
+    plan: Plan
+    works: dict[str, set[tuple[Work, ...]]]
+
+
 def fit(
     plan: Plan,
-    tasks: Callable[[Plan], Iterable[Task]],
+    tasks: Callable[[Plan], Sequence[Task]],
     speeds: Mapping[str, Speeds],
     seconds: float,
-) -> tuple[Plan, float]:
-    """The richest plan that is expected to take no more than `seconds`, or the poorest; and
-    what it is expected to take."""
+) -> Fitted:
+    """The richest plan that this project can do whole, and every other runtime at least in part.
+
+    Where none is so, the poorest; then a runtime may have no works at all.
+    """
     for size in SIZES:
         smaller = shrink(plan, *size)
-        expected = sum(_seconds(task, speeds, smaller.trials) for task in tasks(smaller))
-        if expected <= seconds:
+        works = _share(tasks(smaller), speeds, seconds, smaller.trials)
+        whole = {task.works for task in tasks(smaller) if _takes_part(task, OURS)}
+        if works.get(OURS, whole) == whole and all(works.values()):
             break
-    return smaller, expected
+    return Fitted(smaller, works)
 
 
 def shrink(plan: Plan, longest: int, gen: int, long: int, trials: int) -> Plan:
@@ -68,13 +79,34 @@ def shrink(plan: Plan, longest: int, gen: int, long: int, trials: int) -> Plan:
     )
 
 
-def _seconds(task: Task, speeds: Mapping[str, Speeds], trials: int) -> float:
-    if task.workload is None:
-        return 0.0
+def _share(
+    planned: Iterable[Task], speeds: Mapping[str, Speeds], seconds: float, trials: int
+) -> dict[str, set[tuple[Work, ...]]]:
+    """The works that fit into each runtime's equal share, the cheapest first.
+
+    What a fast one leaves of its share goes to the slower ones.
+    """
+    turns = [task for task in planned if task.workload is not None]
+    left = seconds - len(turns) * trials * CALIBRATION
+    works: dict[str, set[tuple[Work, ...]]] = {}
+    fastest_first = sorted(speeds, key=lambda peer: speeds[peer].pilot_seconds)
+    for i, peer in enumerate(fastest_first):
+        share, works[peer] = left / (len(speeds) - i), set()
+        costs = [(_seconds(t, speeds[peer], trials), t) for t in turns if _takes_part(t, peer)]
+        for cost, task in sorted(costs, key=lambda pair: pair[0]):
+            if cost > share:
+                break
+            works[peer].add(task.works)
+            share, left = share - cost, left - cost
+    return works
+
+
+def _takes_part(task: Task, peer: str) -> bool:
+    return task.workload is not None and task.fits(peer)
+
+
+def _seconds(task: Task, speeds: Speeds, trials: int) -> float:
+    assert task.workload is not None
     prompts, gen = task.workload.prompts, task.workload.gen_tokens
-    once = sum(
-        s.prefill * sum(map(len, prompts)) + s.decode * gen
-        for peer, s in speeds.items()
-        if task.fits(peer)
-    )
-    return (trials + 1) * once + trials * CALIBRATION
+    once = speeds.prefill * sum(map(len, prompts)) + speeds.decode * gen
+    return (trials + 1) * once

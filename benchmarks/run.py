@@ -14,10 +14,11 @@ from mlx_openelm.command import INTERRUPTED, tell
 from mlx_openelm.errors import InputError, OpenELMError
 
 from . import calibration, machine, report, results
+from .measuring import measure_model
 from .models import Target, check_memory, target
 from .peers import OURS, PEERS
 from .progress import progress
-from .session import Session, installed, measure_model
+from .session import Session, installed
 from .workloads import KINDS, Plan
 
 DESCRIPTION = "Measure workloads on a model, by this project and by its peers, in turns."

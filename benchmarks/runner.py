@@ -92,9 +92,11 @@ class Worker:
         assert self._process.stdout is not None
         timer = threading.Timer(time_limit, self._process.kill)
         timer.start()
-        line = self._process.stdout.readline()
-        in_time = timer.is_alive()
-        timer.cancel()
+        try:
+            line = self._process.stdout.readline()
+            in_time = timer.is_alive()
+        finally:
+            timer.cancel()  # after Ctrl-C too: Python waits for its threads before it ends
         if line:
             answer: dict[str, Any] = json.loads(line)
             if "error" in answer:

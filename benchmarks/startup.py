@@ -16,6 +16,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import resolve
@@ -28,11 +29,13 @@ COMMANDS = {
 }
 
 
-def seconds_to_first_token(module: list[str], preamble: bytes, model: Path) -> float:
+def seconds_to_first_token(
+    module: list[str], preamble: bytes, model: Path, time_limit: float = 300.0
+) -> float:
     """Run one of the `COMMANDS` once; seconds until its text begins.
 
     Raises:
-        OpenELMError: when it ends without one.
+        OpenELMError: when it ends without one, or is ended since `time_limit` seconds are over.
     """
     options = ["--model", str(model), "--prompt", PROMPT, "--max-tokens", "4", "--temp", "0"]
     start = time.perf_counter()
@@ -43,15 +46,20 @@ def seconds_to_first_token(module: list[str], preamble: bytes, model: Path) -> f
         bufsize=0,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        seen = b""
-        while len(seen) <= len(preamble):
-            piece = process.stdout.read(len(preamble) + 1 - len(seen))
-            if not piece:
-                reason = process.stderr.read().decode().strip().splitlines()[-1:]
-                raise OpenELMError(f"{' '.join(module)} printed no text: {''.join(reason)}")
-            seen += piece
-        seconds = time.perf_counter() - start
-        process.communicate()
+        timer = Timer(time_limit, process.kill)
+        timer.start()
+        try:
+            seen = b""
+            while len(seen) <= len(preamble):
+                piece = process.stdout.read(len(preamble) + 1 - len(seen))
+                if not piece:
+                    reason = process.stderr.read().decode().strip().splitlines()[-1:]
+                    raise OpenELMError(f"{' '.join(module)} printed no text: {''.join(reason)}")
+                seen += piece
+            seconds = time.perf_counter() - start
+            process.communicate()
+        finally:
+            timer.cancel()
     return seconds
 
 

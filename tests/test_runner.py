@@ -6,18 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from mlx_openelm.benchmarks import calibration, default, paper, results, session
+from mlx_openelm.benchmarks import calibration, default, measuring, paper, results
 from mlx_openelm.benchmarks.__main__ import main
+from mlx_openelm.benchmarks.measuring import measure_model, parting
 from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
 from mlx_openelm.benchmarks.runner import Worker, in_turns, workers
-from mlx_openelm.benchmarks.session import Session, conditions, measure_model, parting
+from mlx_openelm.benchmarks.session import Session, conditions
+from mlx_openelm.benchmarks.startup import seconds_to_first_token
 from mlx_openelm.benchmarks.workloads import Plan
 from mlx_openelm.errors import OpenELMError
 
@@ -59,6 +62,23 @@ def test_a_hang_is_ended() -> None:
         assert time.monotonic() - start < 5
 
 
+def test_an_interrupt_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    with workers({"chatty": (CHATTY, NOWHERE)}) as started:
+        worker = started["chatty"]
+        assert worker._process.stdout is not None
+        monkeypatch.setattr(worker._process.stdout, "readline", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            worker.run(WORK)
+    assert not [
+        t
+        for t in threading.enumerate()
+        if isinstance(t, threading.Timer) and not t.finished.is_set()
+    ]
+
+
 def test_a_refusal_is_told_and_can_be_followed_by_more() -> None:
     with workers({"raising": (RAISING, NOWHERE)}) as started:
         for _ in range(2):
@@ -89,7 +109,7 @@ def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch, model: str, *peers: str) -> Results:
     """A short session, with `CHATTY` in the place of this project."""
     monkeypatch.setattr(calibration, "short", lambda dtypes: NOW)
-    monkeypatch.setattr(session, "OURS", CHATTY)
+    monkeypatch.setattr(measuring, "OURS", CHATTY)
     found = Session(["run"], Machine())
     plan = Plan(kinds=("prefill", "decode"), prompt_tokens=(8, 16), gen_tokens=4, trials=3)
     measure_model(found, target(model), [CHATTY, *peers], plan, lambda what, steps: lambda: None)
@@ -260,3 +280,23 @@ def test_without_a_command_it_is_the_demo_and_a_270m(monkeypatch: pytest.MonkeyP
     assert OURS in peers  # type: ignore[operator]
     assert 60 < seconds < 120  # type: ignore[operator]
     assert (output, second[-1]) == (None, Path("somewhere"))
+
+
+def test_a_cold_start_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(OpenELMError, match="hangs printed no text"):
+        seconds_to_first_token(["hangs"], b"", tmp_path, 0.5)
+
+
+def test_loading_is_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "short", lambda dtypes: NOW)
+    found = Session(["run"], Machine())
+    plan = Plan(kinds=("load",), trials=2)
+    peers = [CHATTY, STILLBORN]
+    measure_model(found, target("demo"), peers, plan, lambda what, steps: lambda: None)
+    loaded, failed = found.results(partial=False).measurements
+    assert loaded.unit == "s"
+    assert len(loaded.trials) == 2
+    assert all(0 < t.value < 60 and t.peak_bytes for t in loaded.trials)
+    assert failed.error == f"{STILLBORN}: MemoryError: no room"

@@ -141,20 +141,34 @@ def test_a_plan_that_makes_no_sense(wrong: dict[str, object]) -> None:
 # Lengths that fit
 
 
+def planned(plan: Plan) -> list[Task]:
+    return tasks(plan, CONFIG, None)[0]
+
+
 def test_lengths_shrink_to_the_time() -> None:
     plan = Plan(kinds=("prefill", "decode"))
-    planned = lambda plan: tasks(plan, CONFIG, None)[0]  # noqa: E731
-    fast = {OURS: Speeds(1e-5, 1e-4, 0.1)}
-    slow = {OURS: Speeds(0.01, 0.1, 2.0)}
-    rich, expected = fit(plan, planned, fast, 30)
+    rich = fit(plan, planned, {OURS: Speeds(1e-5, 1e-4, 0.1)}, 30).plan
     assert rich == shrink(plan, *SIZES[0])
-    assert expected < 30
-    middle, expected = fit(plan, planned, slow, 60)
-    assert middle.gen_tokens < 128
-    assert expected <= 60
-    poor, expected = fit(plan, planned, slow, 1)
+    slow = {OURS: Speeds(0.01, 0.1, 2.0)}
+    middle, works = fit(plan, planned, slow, 120)
+    assert 8 < middle.gen_tokens < 128
+    assert works[OURS] == {task.works for task in planned(middle)}
+    poor, works = fit(plan, planned, slow, 1)
     assert poor == shrink(plan, *SIZES[-1])
-    assert expected > 1
+    assert works[OURS] == set()
+
+
+def test_a_slow_runtime_does_what_it_has_time_for() -> None:
+    plan = Plan(kinds=("prefill", "decode"), prompt_tokens=(32, 512))
+    speeds = {"mlx-lm": Speeds(0.01, 0.02, 1.0), OURS: Speeds(1e-5, 1e-4, 0.1)}
+    chosen, works = fit(plan, planned, speeds, 60)
+    assert chosen == shrink(plan, *SIZES[0])
+    short, long = (task.works for task in planned(chosen))
+    assert works == {OURS: {short, long}, "mlx-lm": {short}}
+    _, works = fit(plan, planned, speeds, 120)
+    assert works == {OURS: {short, long}, "mlx-lm": {short, long}}
+    chosen, works = fit(plan, planned, speeds, 0.9)
+    assert works["mlx-lm"] == set()
 
 
 def test_nothing_grows_by_shrinking() -> None:

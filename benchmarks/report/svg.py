@@ -140,7 +140,9 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
         found = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
         if len(found) >= 3:
             break
-    return found[:: math.ceil(len(found) / 7)] if found else [low]
+    if len(found) < 2:  # so short an axis is as good as linear
+        return ticks(low, high, log=False)
+    return found[:: math.ceil(len(found) / 7)]
 
 
 def tick(value: float) -> str:
