@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 LENGTHS = (1, 2, 4, 8, 16)  # few, because a step is compiled for each: it takes one token more
 RECENT = 16  # measurements that count, of each kind
-PLAIN = ""  # the source of no draft
+PLAIN, WAITING = "plain", "waiting"  # sources of no draft
 ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
 ALLOWANCE = 1.8  # plain steps that may be lost to finding out, at the start...
 SLACK = 0.02  # ...and the share of all time that may be, afterwards
+CREDIT = 10.0  # plain steps gained that may be lost again
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
 REFRESH_EVERY = 48  # rounds after which the plain step is measured again
+FORGET_EVERY = 24  # measurements after which the other lengths each lose their oldest one
 REFRESH = 3  # steps that this takes
 
 
@@ -48,6 +50,7 @@ class Costs:
             lambda: deque(maxlen=RECENT)
         )
         self._warm: set[tuple[str, int]] = set()
+        self._added = 0
         self._lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
 
     def add(self, source: str, length: int, seconds: float) -> None:
@@ -56,12 +59,24 @@ class Costs:
         if key in self._warm:
             self._measured[key].append(seconds)
             self._lines.clear()
+            self._added += 1
         self._warm.add(key)
+        if self._added >= FORGET_EVERY:
+            self._added = 0
+            for other, measured in self._measured.items():
+                if other != key and other[0] == source and measured:
+                    measured.popleft()
 
     @property
     def plain(self) -> float | None:
         """Seconds of a plain step, once enough have been measured."""
         line = self._line(PLAIN, ENOUGH)
+        return line[0][1] if line else None
+
+    @property
+    def waiting(self) -> float | None:
+        """Seconds of a plain step that wasn't begun in time, once enough have been measured."""
+        line = self._line(WAITING, ENOUGH)
         return line[0][1] if line else None
 
     def round(self, kind: Kind, length: int, enough: int = ENOUGH) -> float:
@@ -130,20 +145,19 @@ class Pace:
     def choose(self, kinds: Sequence[Kind], longest: int) -> tuple[Kind, int] | None:
         """Of which kind to draft now and how many tokens, at most `longest`; None: none."""
         plain = self.costs.plain
-        lengths = [n for n in self.lengths if n <= longest]
-        if plain is None or self._refresh or not lengths or not kinds:
+        if plain is None or self._refresh or longest < 1:
             return None
-
-        def gain(choice: tuple[Kind, int]) -> float:
-            kind, n = choice
+        allowed = ALLOWANCE + SLACK * self._tokens - self._lost
+        best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
+        for kind, n in product(kinds, self.lengths):
+            steps = self.costs.round(kind, n) / plain
+            if n > longest or steps - 1 > allowed:  # at worst it gives one token
+                continue
             a = min(self.acceptance(kind), 0.99)
-            return (1 - a ** (n + 1)) / (1 - a) * plain / self.costs.round(kind, n)
-
-        best = max(product(kinds, lengths), key=gain)
-        if gain(best) < WORTHWHILE and self._since_probe < PROBE_EVERY:
-            return None
-        at_risk = self.costs.round(*best) / plain - 1
-        return best if self._lost + at_risk <= ALLOWANCE + SLACK * self._tokens else None
+            gain = (1 - a ** (n + 1)) / (1 - a) / steps
+            if gain > most:
+                best, most = (kind, n), gain
+        return best
 
     def plain_step(self, seconds: float, in_time: bool = True) -> None:
         """A plain step has taken so long.
@@ -151,13 +165,13 @@ class Pace:
         One that wasn't begun `in_time`, while the one before it was computed, is longer: that is
         what waiting for a draft costs.
         """
-        plain = self.costs.plain
+        self.costs.add(PLAIN if in_time else WAITING, 0, seconds)
+        plain, waiting = self.costs.plain, self.costs.waiting
         if in_time:
-            self.costs.add(PLAIN, 0, seconds)
             self._rounds = 0
             self._refresh = max(self._refresh - 1, 0)
-        elif plain is not None:
-            self._lost += min(max(seconds / plain - 1, 0.0), 1.0)
+        elif plain is not None and waiting is not None:
+            self._lost += max(waiting / plain - 1, 0.0)
         self._tokens += 1
         self._since_probe += 1
 
@@ -177,4 +191,4 @@ class Pace:
             usual = self.costs.round(kind, length)
             spent = min(self.costs.round(kind, length, enough=1), 3 * usual)
             lost = spent / plain - (accepted + 1)
-            self._lost = max(self._lost + lost, -ALLOWANCE)
+            self._lost = max(self._lost + lost, -CREDIT)

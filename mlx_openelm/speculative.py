@@ -25,6 +25,8 @@ from .model import OpenELM
 from .pace import LENGTHS, Costs, Kind, Pace
 from .sampling import LogitsProcessor, Sampler, make_sampler
 
+SURE_ENOUGH = 0.5  # the acceptance that makes it worth to wait whether a passage goes on
+
 
 @dataclass
 class Speculation:
@@ -204,7 +206,7 @@ class _Loop:
         try:
             while True:
                 following = None
-                if step.draft is None and left > 1 and not self._choice(left - 1):
+                if step.draft is None and left > 1 and not self._worth_waiting(left - 1):
                     # Whatever this step gives, a plain one follows: begun before this is over.
                     following = self._plain(step.tokens, unknown=1)
                 tokens = step.wait()
@@ -257,6 +259,17 @@ class _Loop:
             kinds.append(self.draft_model.kind)
             longest = min(longest, self.draft_model.longest)
         return self.pace.choose(kinds, longest)
+
+    def _worth_waiting(self, longest: int) -> bool:
+        """Whether to draft as soon as the step that is on its way is over.
+
+        Where a passage would be copied, that step has to go on with it first.
+        """
+        choice = self._choice(longest)
+        if choice is None:
+            return False
+        copied = choice[0].source == PromptLookup.SOURCE
+        return not copied or self.pace.acceptance(choice[0]) >= SURE_ENOUGH
 
     def _next(self, left: int) -> Step:
         """The step that the text so far calls for; `left` tokens may follow it."""
