@@ -175,6 +175,6 @@ class Pace:
         plain = self.costs.plain
         if plain is not None:
             usual = self.costs.round(kind, length)
-            spent = min(self.costs.round(kind, length, enough=1), 2 * usual)
+            spent = min(self.costs.round(kind, length, enough=1), 3 * usual)
             lost = spent / plain - (accepted + 1)
             self._lost = max(self._lost + lost, -ALLOWANCE)

@@ -142,6 +142,8 @@ def test_ctrl_c_ends_with_what_was_made(demo: tuple[OpenELM, Tokenizer]) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a suite that runs in the background has Ctrl-C turned off, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     begun = process.stdout.read(20)

@@ -120,8 +120,8 @@ def test_drafts_that_lose_are_tried_again_seldom_and_taken_up_when_they_win() ->
 
 def test_what_was_measured_before_saves_trying() -> None:
     costs = Costs()
-    first = Simulation(lambda _: 0.6, 1.5, 1.0, costs=costs).run(128)
-    second = Simulation(lambda _: 0.6, 1.5, 1.0, costs=costs).run(128)
+    first = Simulation(lambda _: 0.5, 0.8, 0.5, costs=costs).run(128)
+    second = Simulation(lambda _: 0.5, 0.8, 0.5, costs=costs).run(128)
     assert len(second.rounds) < len(first.rounds)
     assert second.ratio < 1.05
 
