@@ -197,13 +197,14 @@ def test_ctrl_c_leaves_a_valid_partial_file(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "120"},
+        start_new_session=True,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "decode" in line:
                 break
         time.sleep(2)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of the group
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     found = results.read(tmp_path / "results.json")
