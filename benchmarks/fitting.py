@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from .peers import OURS, Workload
 from .results import Work
+from .runner import SETTLING
 from .workloads import Plan, Task
 
 # From rich to poor: (longest prompt, tokens to make, tokens of a long generation, trials)
@@ -109,4 +110,4 @@ def _seconds(task: Task, speeds: Speeds, trials: int) -> float:
     assert task.workload is not None
     prompts, gen = task.workload.prompts, task.workload.gen_tokens
     once = speeds.prefill * sum(map(len, prompts)) + speeds.decode * gen
-    return (trials + 1) * once
+    return (trials + 1) * (once + SETTLING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from .measuring import measure_model
 from .models import Target, check_memory, target
 from .peers import OURS, PEERS
 from .progress import progress
-from .session import Session, installed
+from .session import Session, busy, installed
 from .workloads import KINDS, Plan
 
 DESCRIPTION = "Measure workloads on a model, by this project and by its peers, in turns."
@@ -135,6 +136,7 @@ def measure(
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     session = Session(sys.argv[:], machine.describe(), deadline)
+    session.notes += busy(os.getloadavg()[0], session.machine.cores)
     peers = installed(session, peers)
     check_memory(targets, peers, session.machine.memory_bytes)
     if output:

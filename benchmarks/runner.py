@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -21,6 +22,9 @@ from .peers import Workload
 
 # A peer runs as its users run it: this package, which a worker imports, changes nothing for it
 _AS_INSTALLED = {"mlx-lm": {blas.VARIABLE: "0"}}
+# Seconds before a trial: thread pools (OpenBLAS, OpenMP, llama.cpp's) go on spinning after their
+# work for up to a tenth, and would take the cores from the runtime whose turn it is
+SETTLING = 0.1
 TIME_LIMIT = 300.0  # seconds for loading, and for one trial
 
 
@@ -62,6 +66,7 @@ class Worker:
         Raises:
             OpenELMError: when the runtime crashes, or takes longer than the time limit.
         """
+        time.sleep(SETTLING)
         return self._ask(asdict(workload), time_limit or self.time_limit)
 
     def graph(self) -> dict[str, Any]:

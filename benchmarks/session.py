@@ -14,6 +14,7 @@ from .peers import PEERS, is_installed
 from .results import UNKNOWN, Calibration, Graph, Machine, Measurement, Results, Trial, Work
 from .runner import TIME_LIMIT
 
+BUSY = 0.5  # processes a core that run already
 NOISY = 0.15  # interquartile range of the bandwidth over its median
 
 
@@ -120,6 +121,16 @@ def conditions(found: Machine, taken: Sequence[Calibration]) -> list[str]:
     if found.low_power_mode == "on":
         notes.append("the machine was in low-power mode")
     return notes
+
+
+def busy(load: float, cores: int | None) -> list[str]:
+    """What to say of a load average before the run: others want the cores too."""
+    if cores is None or load < BUSY * cores:
+        return []
+    return [
+        f"the machine was busy before the run began: load average {load:.1f} on {cores} cores; "
+        "runtimes whose threads wait for each other suffer most from that"
+    ]
 
 
 def installed(session: Session, peers: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
 from mlx_openelm.benchmarks.runner import Worker, in_turns, workers
-from mlx_openelm.benchmarks.session import Session, conditions
+from mlx_openelm.benchmarks.session import Session, busy, conditions
 from mlx_openelm.benchmarks.startup import seconds_to_first_token
 from mlx_openelm.benchmarks.workloads import Plan
 from mlx_openelm.errors import OpenELMError
@@ -181,6 +181,9 @@ def test_what_makes_one_doubt() -> None:
     assert noisy.startswith("the machine was noisy: its bandwidth went from 10.0 to 20.0 GB/s")
     hot = Machine(power_source="battery", low_power_mode="on", thermal_pressure="limited to 62 %")
     assert len(conditions(hot, steady)) == 3
+    [said] = busy(1.5, 2)
+    assert said.startswith("the machine was busy before the run began: load average 1.5 on 2 cores")
+    assert busy(0.2, 2) == busy(9.0, None) == []
     cool = Machine(power_source="AC power", low_power_mode="off", thermal_pressure="none")
     assert conditions(cool, steady) == []
 
@@ -194,13 +197,14 @@ def test_ctrl_c_leaves_a_valid_partial_file(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "120"},
+        start_new_session=True,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "decode" in line:
                 break
         time.sleep(2)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of the group
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     found = results.read(tmp_path / "results.json")

@@ -233,7 +233,8 @@ def test_llama_cpp_gives_our_greedy_tokens(
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runtime = llama_cpp.load(model_directory("demo:float32"))
-    measured = runtime.run(Workload(TINY, 24))
+    for _ in range(2):  # a prompt that it has seen is processed again
+        measured = runtime.run(Workload(TINY, 24))
     assert measured.tokens == [greedy(demo, TINY[0], 24)]
     assert measured.prefill_seconds > 0
     assert measured.decode_seconds > 0

@@ -79,11 +79,13 @@ def _server(file: Path, context: int) -> Runtime:
             "return_tokens": True,
         }
         answer = _ask(server.listening_address, asked)
-        if len(answer["tokens"]) != workload.gen_tokens:
-            raise OpenELMError(
-                f"llama.cpp: made {len(answer['tokens'])} tokens, not {workload.gen_tokens}"
-            )
         timings = answer["timings"]  # milliseconds; predicted_ms begins with the first token
+        done, wanted = (
+            (timings["prompt_n"], len(answer["tokens"])),
+            (len(prompt), workload.gen_tokens),
+        )
+        if done != wanted:
+            raise OpenELMError(f"llama.cpp: {done} tokens of prompt and answer, not {wanted}")
         prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
         return Measured(prefill, decode, [answer["tokens"]])
 
