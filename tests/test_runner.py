@@ -198,14 +198,19 @@ def test_ctrl_c_leaves_a_valid_partial_file(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "COLUMNS": "120"},
         start_new_session=True,
+        # A shell's background job ignores the signal, and so would what this starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if "decode" in line:
-                break
-        time.sleep(2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of the group
-        out, err = process.communicate(timeout=60)
+        try:
+            for line in process.stderr:
+                if "decode" in line:
+                    break
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of the group
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     found = results.read(tmp_path / "results.json")
     assert found.partial
