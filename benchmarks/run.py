@@ -135,7 +135,8 @@ def measure(
     """
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
-    session = Session(sys.argv[:], machine.describe(), deadline)
+    command = ["python", "-m", __package__, *sys.argv[1:]]
+    session = Session(command, machine.describe(), deadline)
     session.notes += busy(os.getloadavg()[0], session.machine.cores)
     peers = installed(session, peers)
     check_memory(targets, peers, session.machine.memory_bytes)
