@@ -52,6 +52,9 @@ class Always(Pace):
         self.turns = 0
         self.wanted = lengths
 
+    def acceptance(self, kind: Kind) -> float:
+        return 1.0
+
     def choose(self, kinds: Sequence[Kind], longest: int) -> tuple[Kind, int] | None:
         self.turns += 1
         length = min(self.wanted[self.turns % len(self.wanted)], longest)
