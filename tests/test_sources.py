@@ -18,7 +18,7 @@ from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import resolve, resolve_source, resolve_tokenizer
 
-from .checkpoints import FIXTURES, tensor, torch_file
+from .checkpoints import tensor, torch_file
 
 CONFIG = OpenELMConfig.scaled(vocab_size=8, model_dim=8, head_dim=2, num_transformer_layers=1)
 
@@ -189,8 +189,7 @@ def nobody() -> Iterator[Path]:
 
 
 def test_no_permission_says_so(nobody: Path) -> None:
-    path = nobody / "x.pt"
-    path.write_bytes((FIXTURES / "float32.pt").read_bytes())
+    path = torch_file(nobody / "x.pt", {"w": tensor()})
     open_source(path)
     path.chmod(0)
     with pytest.raises(InputError, match="x.pt: can't be read .Permission denied"):
