@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mlx_openelm import OpenELM, jit, load
 from mlx_openelm.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("a busy machine is no failure", deadline=None)
+settings.load_profile("a busy machine is no failure")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
