@@ -137,9 +137,9 @@ FIGURES = (
         8,
         LARGE + ":4bit",
         decode,
-        8,
-        6,
-        trials=5,
+        2,
+        4,
+        trials=3,
     ),
     Figure(
         "prefill 512, 270M, float32, each by default",
@@ -149,7 +149,7 @@ FIGURES = (
         prefill,
         512,
         1,
-        trials=3,
+        trials=2,
     ),
     Figure(
         "decode, 270M, float32, each by default",

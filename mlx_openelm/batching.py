@@ -161,7 +161,7 @@ def batch_generate_step(
     ends: Callable[[int, int], bool] = lambda i, token: False,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    prefill_step_size: int = 512,
+    prefill_step_size: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """For each step (index of the prompt, token) of every sequence that hasn't ended.
@@ -175,7 +175,7 @@ def batch_generate_step(
         ends: called with every index and token; whether that is the sequence's last.
         sampler: log-probabilities [B, vocab] -> tokens [B]; greedy by default.
         logits_processors: applied in order, to one sequence at a time.
-        prefill_step_size: tokens of the prompts that one step takes.
+        prefill_step_size: tokens of the prompts that one step takes (default: what suits the device).
         vocab_size: ids from here on are never sampled.
 
     Raises:

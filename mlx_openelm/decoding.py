@@ -61,7 +61,7 @@ def prefill(
     model: OpenELM,
     prompt: mx.array,
     cache: KVCache,
-    step_size: int = 512,
+    step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
@@ -71,6 +71,7 @@ def prefill(
     Raises:
         InputError: when the prompt doesn't fit into the context.
     """
+    step_size = step_size or model.policy.prefill_step
     rows = prompt[None] if prompt.ndim == 1 else prompt
     total, done = rows.shape[1], 0
     room = cache.room()
@@ -103,7 +104,7 @@ def generate_step(
     kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
     cached_tokens: Sequence[int] = (),
-    prefill_step_size: int = 512,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
@@ -119,7 +120,7 @@ def generate_step(
         kv_bits: keep keys and values in 8 or 4 bits.
         prompt_cache: what came before the prompt; updated in place.
         cached_tokens: the tokens of that, for the processors to see.
-        prefill_step_size: tokens of the prompt that one step takes.
+        prefill_step_size: tokens of the prompt that one step takes (default: what suits the device).
         prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
 
@@ -128,7 +129,7 @@ def generate_step(
     """
     if prompt.size == 0:
         raise InputError("the prompt is empty")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
     cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
     sampler = sampler or make_sampler()

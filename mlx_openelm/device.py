@@ -24,6 +24,7 @@ class Policy:
         fast_kernels: MLX's fast kernels (`network`), or elementwise operations (`elementwise`).
         compiled: steps are compiled.
         fused_by_jit: they are only when the kernels that this needs are there (`jit`).
+        prefill_step: tokens of a prompt that one step takes.
         memory: bytes that quantized weights may take when they are dequantized once, at load;
             0: they are multiplied as they are.
     """
@@ -33,6 +34,7 @@ class Policy:
     fast_kernels: bool = True
     compiled: bool = True
     fused_by_jit: bool = False
+    prefill_step: int = 512
     memory: int = 0
 
     def dequantize(self, config: OpenELMConfig) -> bool:
@@ -74,6 +76,7 @@ def policy() -> Policy:
         mx.float32,
         fast_kernels=False,
         fused_by_jit=True,
+        prefill_step=128,
         memory=_available_memory() // 2,
     )
 

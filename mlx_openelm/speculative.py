@@ -101,7 +101,7 @@ def speculative_generate_step(
     kv_bits: int | None = None,
     prompt_cache: KVCache | None = None,
     cached_tokens: Sequence[int] = (),
-    prefill_step_size: int = 512,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     vocab_size: int | None = None,
     statistics: Speculation | None = None,
@@ -129,7 +129,7 @@ def speculative_generate_step(
     """
     if prompt.size == 0:
         raise InputError("the prompt is empty")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
     if num_draft_tokens < 1:
         raise InputError(f"num_draft_tokens must be at least 1, not {num_draft_tokens}")
@@ -189,7 +189,7 @@ class _Loop:
         prompt: mx.array,
         cached_tokens: Sequence[int],
         max_tokens: int,
-        prefill_step_size: int,
+        prefill_step_size: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> Generator[tuple[int, mx.array, bool], None, None]:
         left = token_limit(self.cache, prompt.size, max_tokens)
