@@ -175,7 +175,8 @@ def batch_generate_step(
         ends: called with every index and token; whether that is the sequence's last.
         sampler: log-probabilities [B, vocab] -> tokens [B]; greedy by default.
         logits_processors: applied in order, to one sequence at a time.
-        prefill_step_size: tokens of the prompts that one step takes (default: what suits the device).
+        prefill_step_size: tokens of the prompts that one step takes; by default what suits the
+            device.
         vocab_size: ids from here on are never sampled.
 
     Raises:

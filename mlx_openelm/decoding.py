@@ -120,7 +120,8 @@ def generate_step(
         kv_bits: keep keys and values in 8 or 4 bits.
         prompt_cache: what came before the prompt; updated in place.
         cached_tokens: the tokens of that, for the processors to see.
-        prefill_step_size: tokens of the prompt that one step takes (default: what suits the device).
+        prefill_step_size: tokens of the prompt that one step takes; by default what suits the
+            device.
         prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
 
