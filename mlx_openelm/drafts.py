@@ -12,7 +12,7 @@ from .pace import Kind
 
 SIZES = (8, 5, 3, 2)  # of the text's end, that must have occurred before; the longest counts
 SURE = {8: 0.9, 5: 0.8, 3: 0.6, 2: 0.4}  # a first guess of the acceptance after such an end
-CATCH_UP = 256  # tokens of the text that a draft model reads at most before it drafts
+CATCH_UP = 32  # tokens of the text that a draft model reads at most before it drafts
 
 Pick = Callable[[mx.array, list[mx.array]], mx.array]
 """(logits [1, vocab], tokens drafted before, each [1]) -> the token [1] to draft."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
-from itertools import product
 from typing import NamedTuple
 
 LENGTHS = (1, 2, 4, 8, 16)  # few, because a step is compiled for each: it takes one token more
@@ -13,9 +12,10 @@ PLAIN, WAITING = "plain", "waiting"  # sources of no draft
 ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
-ALLOWANCE = 1.8  # plain steps that may be lost to finding out, at the start...
-SLACK = 0.02  # ...and the share of all time that may be, afterwards
+ALLOWANCE = 1.1  # plain steps that may be lost to finding out, at the start...
+SLACK = 0.015  # ...and the share of all time that may be, afterwards
 CREDIT = 10.0  # plain steps gained that may be lost again
+LOOK_EVERY = 8  # tokens after which plain steps may change what is chosen
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
 REFRESH_EVERY = 48  # rounds after which the plain step is measured again
 FORGET_EVERY = 24  # measurements after which the other lengths each lose their oldest one
@@ -43,6 +43,9 @@ class Costs:
 
     What else a machine does only ever adds to a measurement, so the low ones compare best. The
     first of every kind is left out: it includes what is done once in a process.
+
+    Attributes:
+        accepted, tried: drafted tokens by kind, the latest with the most weight.
     """
 
     def __init__(self) -> None:
@@ -50,15 +53,18 @@ class Costs:
             lambda: deque(maxlen=RECENT)
         )
         self._warm: set[tuple[str, int]] = set()
+        self.accepted: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
+        self.tried: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
         self._added = 0
-        self._lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        self._lines: dict[str, list[tuple[int, float]]] = {}
 
-    def add(self, source: str, length: int, seconds: float) -> None:
-        """Note what a round with `length` drafted tokens of `source` took."""
+    def add(self, source: str, length: int, seconds: float) -> bool:
+        """Note what a round with `length` drafted tokens of `source` took; whether it counts."""
         key = (source, length)
-        if key in self._warm:
+        counts = key in self._warm
+        if counts:
             self._measured[key].append(seconds)
-            self._lines.clear()
+            self._lines.pop(source, None)
             self._added += 1
         self._warm.add(key)
         if self._added >= FORGET_EVERY:
@@ -66,28 +72,30 @@ class Costs:
             for other, measured in self._measured.items():
                 if other != key and other[0] == source and measured:
                     measured.popleft()
+            self._lines.pop(source, None)
+        return counts
 
     @property
     def plain(self) -> float | None:
         """Seconds of a plain step, once enough have been measured."""
-        line = self._line(PLAIN, ENOUGH)
+        line = self._line(PLAIN)
         return line[0][1] if line else None
 
     @property
     def waiting(self) -> float | None:
         """Seconds of a plain step that wasn't begun in time, once enough have been measured."""
-        line = self._line(WAITING, ENOUGH)
+        line = self._line(WAITING)
         return line[0][1] if line else None
 
-    def round(self, kind: Kind, length: int, enough: int = ENOUGH) -> float:
+    def round(self, kind: Kind, length: int) -> float:
         """Seconds of a round that drafts `length` tokens and verifies them.
 
-        Lengths measured less than `enough` times lie on the line between their neighbours, the
+        Lengths not measured often enough lie on the line between their neighbours, the
         plain step being the one of length 0; beyond the longest, the line goes on.
         """
         plain = self.plain
         assert plain is not None
-        known = self._line(kind.source, enough)
+        known = self._line(kind.source)
         n0, t0 = 0, plain
         for n1, t1 in known:
             if length <= n1:
@@ -98,15 +106,15 @@ class Costs:
             slope = (t0 - known[-2][1]) / (n0 - known[-2][0])
         return t0 + slope * (length - n0)
 
-    def _line(self, source: str, enough: int) -> list[tuple[int, float]]:
+    def _line(self, source: str) -> list[tuple[int, float]]:
         """Lengths, and seconds of a round; a shorter round takes no more than a longer one."""
-        if (source, enough) not in self._lines:
+        if source not in self._lines:
             line: list[tuple[int, float]] = []
             for (name, n), seconds in sorted(self._measured.items(), reverse=True):
-                if name == source and len(seconds) >= enough:
+                if name == source and len(seconds) >= ENOUGH:
                     line.append((n, min([_low(seconds), *(t for _, t in line[-1:])])))
-            self._lines[source, enough] = line[::-1]
-        return self._lines[source, enough]
+            self._lines[source] = line[::-1]
+        return self._lines[source]
 
 
 def _low(values: Sequence[float]) -> float:
@@ -127,11 +135,11 @@ class Pace:
     def __init__(self, longest: int = LENGTHS[-1], costs: Costs | None = None) -> None:
         self.lengths = (*(n for n in LENGTHS if n < longest), longest)
         self.costs = costs or Costs()
-        self._accepted: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
-        self._tried: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
+        self._promised: dict[Kind, list[tuple[int, float, float]]] = {}
+        self._outdated = 0.0
         self._lost = 0.0  # plain steps' worth of time
         self._tokens = 0.0
-        self._since_probe = PROBE_EVERY
+        self._since_probe = 0
         self._rounds = 0  # since plain steps were measured
         self._refresh = 0  # plain steps to measure now
 
@@ -139,25 +147,37 @@ class Pace:
         """The probability that a drafted token is accepted, by the latest rounds."""
         weight = 3.0
         key = kind[:2]
-        accepted = self._accepted[key] + weight * kind.acceptance
-        return accepted / (self._tried[key] + weight)
+        accepted = self.costs.accepted[key] + weight * kind.acceptance
+        return accepted / (self.costs.tried[key] + weight)
 
     def choose(self, kinds: Sequence[Kind], longest: int) -> tuple[Kind, int] | None:
         """Of which kind to draft now and how many tokens, at most `longest`; None: none."""
-        plain = self.costs.plain
-        if plain is None or self._refresh or longest < 1:
+        if self.costs.plain is None or self._refresh or longest < 1:
             return None
         allowed = ALLOWANCE + SLACK * self._tokens - self._lost
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
-        for kind, n in product(kinds, self.lengths):
-            steps = self.costs.round(kind, n) / plain
-            if n > longest or steps - 1 > allowed:  # at worst it gives one token
-                continue
-            a = min(self.acceptance(kind), 0.99)
-            gain = (1 - a ** (n + 1)) / (1 - a) / steps
-            if gain > most:
-                best, most = (kind, n), gain
+        for kind in kinds:
+            for n, steps, gain in self._promises(kind):
+                # At worst it gives one token.
+                if gain > most and n <= longest and steps - 1 <= allowed:
+                    best, most = (kind, n), gain
         return best
+
+    def _promises(self, kind: Kind) -> list[tuple[int, float, float]]:
+        """Of each length: what it costs in plain steps, and the tokens it gives for each."""
+        if self._tokens >= self._outdated:
+            self._promised.clear()
+            self._outdated = self._tokens + LOOK_EVERY
+        if kind not in self._promised:
+            plain = self.costs.plain
+            assert plain is not None
+            a = min(self.acceptance(kind), 0.99)
+            self._promised[kind] = [
+                (n, steps, (1 - a ** (n + 1)) / (1 - a) / steps)
+                for n in self.lengths
+                for steps in [self.costs.round(kind, n) / plain]
+            ]
+        return self._promised[kind]
 
     def plain_step(self, seconds: float, in_time: bool = True) -> None:
         """A plain step has taken so long.
@@ -166,11 +186,10 @@ class Pace:
         what waiting for a draft costs.
         """
         self.costs.add(PLAIN if in_time else WAITING, 0, seconds)
-        plain, waiting = self.costs.plain, self.costs.waiting
         if in_time:
             self._rounds = 0
             self._refresh = max(self._refresh - 1, 0)
-        elif plain is not None and waiting is not None:
+        elif (plain := self.costs.plain) and (waiting := self.costs.waiting):
             self._lost += max(waiting / plain - 1, 0.0)
         self._tokens += 1
         self._since_probe += 1
@@ -178,17 +197,18 @@ class Pace:
     def round(self, kind: Kind, length: int, accepted: int, seconds: float) -> None:
         """A round in which `accepted` of `length` drafted tokens held has taken so long."""
         key = kind[:2]
-        self._accepted[key] = MEMORY * self._accepted[key] + accepted
-        self._tried[key] = MEMORY * self._tried[key] + min(accepted + 1, length)
+        self.costs.accepted[key] = MEMORY * self.costs.accepted[key] + accepted
+        self.costs.tried[key] = MEMORY * self.costs.tried[key] + min(accepted + 1, length)
         self._tokens += accepted + 1
         self._since_probe = 0
+        self._outdated = 0.0
         self._rounds += 1
         if self._rounds >= REFRESH_EVERY:
             self._refresh = REFRESH
-        self.costs.add(kind.source, length, seconds)
+        counts = self.costs.add(kind.source, length, seconds)
         plain = self.costs.plain
-        if plain is not None:
-            usual = self.costs.round(kind, length)
-            spent = min(self.costs.round(kind, length, enough=1), 3 * usual)
+        if plain is not None and counts:
+            # What a draft model takes to catch up counts, an interruption from outside doesn't.
+            spent = min(seconds, 4 * self.costs.round(kind, length))
             lost = spent / plain - (accepted + 1)
             self._lost = max(self._lost + lost, -CREDIT)
