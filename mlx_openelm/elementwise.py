@@ -81,6 +81,7 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
     ]
     last = Norm(weights.norm, mean, eps)
     heads = [_heads(config, i, layer, dtype) for i, layer in enumerate(weights.layers)]
+    groups = {split.query_heads // split.kv_heads for split in heads}
     frequencies = config.rope_freq_constant ** (-mx.arange(0, config.head_dim, 2) / config.head_dim)
     mx.eval(norms, last, heads, frequencies)
 
@@ -92,11 +93,13 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
         cos, sin = mx.cos(angles), mx.sin(angles)
         sin = mx.concatenate([-sin, sin], axis=-2)
         mask = mx.where(view.mask, 0.0, NEVER)[:, None]
+        masks = {g: mx.tile(mask, (1, 1, g, 1)) if L > 1 else mask for g in groups}
         new = []
         for layer, (attn_norm, ffn_norm), split, buffer in zip(
             weights.layers, norms, heads, buffers, strict=True
         ):
             h = split(layer.qkv_proj(attn_norm(x)), (B, L), cos, sin)
+            mask = masks[split.query_heads // split.kv_heads]
             h, buffer = _attend(split, h, buffer, view, mask, scheme)
             x = layer.out_proj.add_to(x, h)
             h = layer.proj_1(ffn_norm(x))
@@ -150,19 +153,17 @@ def _attend(
     mask: mx.array,
     scheme: Scheme | None,
 ) -> tuple[mx.array, Buffer]:
-    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer)."""
+    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer).
+
+    `mask` [B or 1, 1, rows, capacity] is added to the scores; its rows are L times the query heads
+    that share a key head, or 1.
+    """
     B, _, L, head_dim = heads.shape
     # The query heads that share a key head are rows of one matrix.
     queries = heads[:, : split.query_heads].reshape(B, split.kv_heads, -1, head_dim)
     buffer = write(buffer, heads[:, split.query_heads :], view.slot, scheme)
     keys, values = read(buffer, scheme, heads.dtype)
-    scores = queries @ keys.swapaxes(-1, -2)
-    if L == 1:
-        scores = scores + mask
-    else:
-        apart = (B, split.kv_heads, -1, L, scores.shape[-1])
-        scores = (scores.reshape(apart) + mask[:, None]).reshape(scores.shape)
-    y = mx.softmax(scores, axis=-1) @ values
+    y = mx.softmax(queries @ keys.swapaxes(-1, -2) + mask, axis=-1) @ values
     if L > 1:
         y = y.reshape(B, split.query_heads, L, head_dim).swapaxes(1, 2)
     return y.reshape(B * L, -1), buffer
