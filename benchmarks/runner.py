@@ -18,10 +18,10 @@ from typing import Any
 from mlx_openelm import blas
 from mlx_openelm.errors import OpenELMError
 
-from .peers import Workload
+from .peers import OURS, PEERS, Workload
 
 # A peer runs as its users run it: this package, which a worker imports, changes nothing for it
-_AS_INSTALLED = {"mlx-lm": {blas.VARIABLE: "0"}}
+_AS_INSTALLED = {blas.VARIABLE: "0"}
 # Seconds before a trial: thread pools (OpenBLAS, OpenMP, llama.cpp's) go on spinning after their
 # work for up to a tenth, and would take the cores from the runtime whose turn it is
 SETTLING = 0.1
@@ -51,7 +51,11 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **_AS_INSTALLED.get(peer, {}), **(environment or {})},
+            env={
+                **os.environ,
+                **(_AS_INSTALLED if peer in PEERS and peer != OURS else {}),
+                **(environment or {}),
+            },
             start_new_session=True,
         )
         try:
