@@ -57,7 +57,7 @@ class Figure:
     batch: int = 1
     options: dict[str, object] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)  # of the other contestant
-    trials: int = 7
+    trials: int = 9
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,15 @@ def memory(measured: dict[str, Any], work: Workload) -> float:
 
 FIGURES = (
     Figure(
+        "decode, 28 layers of model_dim 64, float32, each by default",
+        "mlx-lm",
+        3.5,
+        TINY,
+        decode,
+        8,
+        100,
+    ),
+    Figure(
         "decode, 28 layers of model_dim 64, float32, same BLAS",
         "mlx-lm",
         3.5,
@@ -110,6 +119,15 @@ FIGURES = (
         8,
         100,
         environment=SAME_BLAS,
+    ),
+    Figure(
+        "decode, demo, float32, each by default",
+        "mlx-lm",
+        2.2,
+        DEMO,
+        decode,
+        8,
+        100,
     ),
     Figure(
         "decode, demo, float32, same BLAS",
@@ -173,6 +191,15 @@ FIGURES = (
     ),
     Figure("decode, 270M, float32", "torch", 0.8, LARGE + ":float32", decode, 8, 24),
     Figure(
+        "prefill 512, demo, each by default",
+        "mlx-lm",
+        1.2,
+        DEMO,
+        prefill,
+        512,
+        1,
+    ),
+    Figure(
         "prefill 512, demo, same BLAS",
         "mlx-lm",
         1.2,
@@ -181,6 +208,16 @@ FIGURES = (
         512,
         1,
         environment=SAME_BLAS,
+    ),
+    Figure(
+        "8 sequences at once, demo, each by default",
+        "mlx-lm",
+        1.5,
+        DEMO,
+        total,
+        32,
+        64,
+        8,
     ),
     Figure(
         "8 sequences at once, demo, same BLAS",
