@@ -365,3 +365,12 @@ def test_threads_are_as_many_as_openmp_is_told(
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     if sys.platform == "linux":
         assert blas._threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:
+    """PyTorch's own BLAS has symbols of these names, and would lose to global ones."""
+    if blas.KERNEL is None:
+        pytest.skip("the kernel isn't built")
+    code = "import ctypes, mlx_openelm as m; print(m.blas.in_use, hasattr(ctypes.CDLL(None), 'sgemm_'))"
+    result = python(code, MLX_OPENELM_BLAS="")
+    assert result.stdout.strip() == f"{openblas}, few rows: own kernel False"
