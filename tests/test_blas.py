@@ -371,6 +371,7 @@ def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:
     """PyTorch's own BLAS has symbols of these names, and would lose to global ones."""
     if blas.KERNEL is None:
         pytest.skip("the kernel isn't built")
-    code = "import ctypes, mlx_openelm as m; print(m.blas.in_use, hasattr(ctypes.CDLL(None), 'sgemm_'))"
+    code = "import ctypes, mlx_openelm as m; everyones = ctypes.CDLL(None); "
+    code += "print(m.blas.in_use, hasattr(everyones, 'sgemm_'))"
     result = python(code, MLX_OPENELM_BLAS="")
     assert result.stdout.strip() == f"{openblas}, few rows: own kernel False"
