@@ -62,7 +62,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row, measured; `trials` are pairs of (ours, theirs), in tokens/s, 1/s or 1/byte."""
+    """A row, measured; `trials` are pairs of (ours, theirs), in tokens/s, 1/s or 1/byte.
+
+    `measured`: when, in UTC.
+    """
 
     name: str
     against: str
@@ -70,6 +73,9 @@ class Outcome:
     ratio: Ratio | None
     trials: list[tuple[float, float]]
     note: str = ""
+    measured: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
 
     @property
     def verdict(self) -> str:
@@ -429,17 +435,37 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def write(outcomes: Sequence[Outcome], found: dict[str, Any], folder: Path) -> None:
-    """`speed.json` with every trial, and the table as `speed.md`."""
+    """`speed.json` with every trial, and the table as `speed.md`.
+
+    Rows that the folder has of an earlier run on this machine stay, unless they were measured anew.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = [asdict(outcome) | {"verdict": outcome.verdict} for outcome in outcomes]
-    values = {"created": created, "machine": found, "rows": rows}
-    (folder / "speed.json").write_text(json.dumps(values, indent=1) + "\n")
+    file = folder / "speed.json"
+    known = {outcome.name: outcome for outcome in outcomes}
+    rows = list((_earlier(file, found) | known).values())
+    values = [asdict(outcome) | {"verdict": outcome.verdict} for outcome in rows]
+    text = json.dumps({"machine": found, "rows": values}, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
     lines = [
-        f"{created}, {found['chip']}, {found['cores']} cores, BLAS: {found['blas']}",
+        f"{found['chip']}, {found['cores']} cores, BLAS: {found['blas']}",
         "",
-        "| figure | against | at least | measured (95 % interval) | | |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *(f"| {' | '.join(_cells(outcome))} |" for outcome in outcomes),
+        "| figure | against | at least | measured (95 % interval) | | | when (UTC) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join([*_cells(outcome), outcome.measured[:16]])} |" for outcome in rows),
     ]
     (folder / "speed.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _earlier(file: Path, found: dict[str, Any]) -> dict[str, Outcome]:
+    """Name → row of the file that is there, if it is of the same machine."""
+    if not file.exists():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if any(values["machine"][name] != found[name] for name in ("chip", "cores", "blas")):
+        raise InputError(f"{file}: is of another machine or BLAS; choose another folder")
+    rows = {}
+    for row in values["rows"]:
+        fields = {name: value for name, value in row.items() if name != "verdict"}
+        fields["ratio"] = fields["ratio"] and Ratio(*fields["ratio"])
+        rows[row["name"]] = Outcome(**fields)
+    return rows
