@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from .decoding import Prompt, encode_prompt, prefill
+from .decoding import Prompt, TextStream, encode_prompt, prefill
 from .errors import InputError
 from .model import OpenELM
 from .sampling import LogitsProcessor, Sampler, make_sampler
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
-    from .tokenizer import StreamingDetokenizer, Tokenizer
+    from .tokenizer import Tokenizer
 
 
 @dataclass
@@ -53,30 +53,21 @@ class _Sequence:
 
     prompt: mx.array  # [L] int32
     limit: int  # tokens at most
-    detokenizer: StreamingDetokenizer
-    stop: StopStrings
+    output: TextStream
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    finish_reason: str = ""
+    finish_reason: str | None = None
 
-    def add(self, token: int, eos: set[int]) -> bool:
+    def add(self, token: int) -> bool:
         """Take the next token; returns whether it is the last."""
         self.tokens.append(token)
-        ended = token in eos
-        if not ended:
-            self.detokenizer.add_token(token)
-        full = len(self.tokens) == self.limit
-        if ended or full:
-            self.detokenizer.finalize()
-        self.text += self.stop.feed(self.detokenizer.last_segment)
-        if ended or self.stop.found or full:
-            self.finish_reason = "stop" if ended or self.stop.found else "length"
-            self.text += self.stop.finish()
-        return bool(self.finish_reason)
+        text, self.finish_reason = self.output.add(token)
+        self.text += text
+        return self.finish_reason is not None
 
 
-def _add(group: Sequence[_Sequence], eos: set[int], i: int, token: int) -> bool:
-    return group[i].add(token, eos)
+def _add(group: Sequence[_Sequence], i: int, token: int) -> bool:
+    return group[i].add(token)
 
 
 def batch_generate(
@@ -108,18 +99,12 @@ def batch_generate(
         raise InputError(f"max_tokens has {len(limits)} entries for {len(prompts)} prompts")
     if completion_batch_size < 1:
         raise InputError(f"completion_batch_size must be at least 1, not {completion_batch_size}")
-    sequences = [
-        _Sequence(
-            encode_prompt(tokenizer, prompt, model.config.vocab_size),
-            limit,
-            tokenizer.detokenizer,
-            StopStrings((stop,) if isinstance(stop, str) else stop),
-        )
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
-    for i, sequence in enumerate(sequences):
-        room = _room(model, sequence.prompt, f"prompt {i}")
-        sequence.limit = min(sequence.limit, room)
+    sequences = []
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
+        limit = min(limit, _room(model, ids, f"prompt {i}"))
+        strings = StopStrings((stop,) if isinstance(stop, str) else stop)
+        sequences.append(_Sequence(ids, limit, TextStream(tokenizer, strings, limit)))
     stats = BatchStats()
     by_length = sorted(sequences, key=lambda s: s.prompt.size)
     for first in range(0, len(by_length), completion_batch_size):
@@ -129,7 +114,7 @@ def batch_generate(
             [s.prompt for s in group],
             model,
             [s.limit for s in group],
-            ends=partial(_add, group, tokenizer.eos_token_ids),
+            ends=partial(_add, group),
             vocab_size=tokenizer.vocab_size,
             **options,
         )
@@ -148,7 +133,7 @@ def batch_generate(
     return BatchResponse(
         [s.text for s in sequences],
         [s.tokens for s in sequences],
-        [s.finish_reason for s in sequences],
+        [str(s.finish_reason) for s in sequences],
         stats,
     )
 

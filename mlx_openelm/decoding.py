@@ -221,6 +221,32 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.a
     return mx.array(ids, mx.int32)
 
 
+class TextStream:
+    """One sequence's tokens as text: whole characters, up to a stop string, and why it ended.
+
+    `limit`: how many tokens there are at most; None: any number.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: StopStrings, limit: int | None) -> None:
+        self._detokenizer = tokenizer.detokenizer
+        self._eos, self._stop, self._left = tokenizer.eos_token_ids, stop, limit
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """The text that is certain with one more token; the `finish_reason` if it is the last."""
+        if self._left is not None:
+            self._left -= 1
+        ended, full = token in self._eos, self._left == 0
+        if not ended:
+            self._detokenizer.add_token(token)
+        if ended or full:
+            self._detokenizer.finalize()
+        text = self._stop.feed(self._detokenizer.last_segment)
+        if not (ended or full or self._stop.found):
+            return text, None
+        reason = "stop" if ended or self._stop.found else "length"
+        return text + self._stop.finish(), reason
+
+
 def _stream(
     model: OpenELM,
     tokenizer: Tokenizer,
@@ -238,7 +264,7 @@ def _stream(
         reused, cache = text_cache.begin(tokens), text_cache.cache
         options["cached_tokens"], prompt = tokens[:reused], prompt[reused:]
     limit = token_limit(cache, prompt.size, max_tokens)
-    detokenizer = tokenizer.detokenizer
+    output = TextStream(tokenizer, stop, limit)
     options |= {
         "max_tokens": max_tokens,
         "prompt_cache": cache,
@@ -251,15 +277,9 @@ def _stream(
             first = now
         if isinstance(text_cache, PromptCache):
             text_cache.tokens.append(token)
-        ended = token in tokenizer.eos_token_ids
-        if not ended:
-            detokenizer.add_token(token)
-        if ended or count == limit:
-            detokenizer.finalize()
-        text = stop.feed(detokenizer.last_segment)
-        finish_reason = "stop" if ended or stop.found else "length" if count == limit else None
+        text, finish_reason = output.add(token)
         yield GenerationResponse(
-            text=text + stop.finish() if finish_reason else text,
+            text=text,
             token=token,
             logprobs=logprobs,
             from_draft=from_draft,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,10 @@ def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "short", lambda dtypes: NOW)
     found = Session(["run"], Machine(), deadline=time.monotonic() + 2)
     plan = Plan(kinds=("decode",), prompt_tokens=(8,), gen_tokens=4, trials=3)
-    begin = lambda what, steps: lambda: None  # noqa: E731
+
+    def begin(what: str, steps: int) -> Callable[[], None]:
+        return lambda: None
+
     start = time.monotonic()
     measure_model(found, target("demo"), [HANGING], plan, begin)
     assert time.monotonic() - start < 10

@@ -124,11 +124,8 @@ def work_label(work: Work) -> str:
 
 
 def command_line(command: Sequence[str]) -> str:
-    """What was typed, without where this package lies."""
-    program, *arguments = [printable(word) for word in command] or [""]
-    if program.endswith("__main__.py"):
-        program = "python -m mlx_openelm.benchmarks"
-    return " ".join([program, *arguments])
+    """What was typed."""
+    return " ".join(map(printable, command))
 
 
 def model_label(model: Model) -> str:
