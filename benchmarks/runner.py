@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import blas
+from mlx_openelm import allocator, blas
 from mlx_openelm.errors import OpenELMError
 
 from .peers import OURS, PEERS, Workload
 
 # A peer runs as its users run it: this package, which a worker imports, changes nothing for it
-_AS_INSTALLED = {blas.VARIABLE: "0"}
+_AS_INSTALLED = {blas.VARIABLE: "0", allocator.VARIABLE: "0"}
 # Seconds before a trial: thread pools (OpenBLAS, OpenMP, llama.cpp's) go on spinning after their
 # work for up to a tenth, and would take the cores from the runtime whose turn it is
 SETTLING = 0.1

@@ -10,9 +10,10 @@ import time
 IMPORTING = time.perf_counter()
 """When the import of this package began, on the clock of `time.perf_counter`."""
 
-from . import blas
+from . import allocator, blas
 
-blas.load()  # before MLX is loaded
+allocator.load()  # before MLX is loaded
+blas.load()  # the same
 
 try:
     import mlx.core as _mx  # noqa: F401

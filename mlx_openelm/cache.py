@@ -11,7 +11,7 @@ from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
 
-FIRST_CAPACITY = 256  # positions; doubled whenever they are used up
+FIRST_CAPACITY = 64  # positions; doubled whenever they are used up
 KEPT_TOKENS = 4  # of the beginning, when the context slides (attention sinks, arXiv 2309.17453)
 SLIDING_STEP = 64  # tokens that one step may add to a context that slides
 KV_BITS = (4, 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import blas, jit
+from . import allocator, blas, jit
 from .config import OpenELMConfig
 from .shapes import tensor_shapes
 
@@ -72,7 +72,7 @@ def policy() -> Policy:
         info = mx.device_info()
         return Policy(str(info.get("device_name", "GPU")))
     return Policy(
-        f"CPU, BLAS: {blas.in_use or 'that of MLX'}",
+        f"CPU, BLAS: {blas.in_use or 'that of MLX'}{', own allocator' if allocator.in_use else ''}",
         mx.float32,
         fast_kernels=False,
         fused_by_jit=True,

@@ -1,0 +1,32 @@
+"""operator new and delete for MLX's CPU backend on Linux (allocator.cpp).
+
+They go before the C++ library's own in whatever is loaded afterwards, as the standard allows a
+program to replace them. That can't harm code that doesn't see them: every block is one of malloc's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+VARIABLE = "MLX_OPENELM_ALLOCATOR"  # "0": leave the C++ library's
+# Not there if no compiler was at installation
+LIBRARY = next(Path(__file__).parent.glob("_allocator.*so"), None)
+
+in_use = False
+"""Whether MLX allocates its objects with it."""
+
+
+def load() -> None:
+    """Let MLX, which must not have been loaded yet, allocate with it, unless `VARIABLE` is 0."""
+    global in_use
+    wanted = os.environ.get(VARIABLE) != "0" and "mlx.core" not in sys.modules
+    if LIBRARY is not None and wanted and not in_use:
+        library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        in_use = _new(library).value == _new(ctypes.CDLL(None)).value  # else one is preloaded
+
+
+def _new(library: ctypes.CDLL) -> ctypes.c_void_p:
+    return ctypes.cast(library._Znwm, ctypes.c_void_p)
