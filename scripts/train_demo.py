@@ -53,6 +53,7 @@ MUON_LR, ADAM_LR, WEIGHT_DECAY, DROPOUT = 0.02, 3e-3, 0.05, 0.1
 WARMUP, DECAY = 0.02, 0.4  # shares of the time
 REPEATED = 4  # tokens of a run that counts as repeated
 UNLIKELIHOOD, UNLIKELIHOOD_LR = 2.0, 3e-4
+OWN_WORDS = 0.15  # the share of the draft's time in which `demo` writes what it learns from
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,14 +305,18 @@ def orthogonal(g: Tensor) -> Tensor:
 
 def train(
     network: Network,
-    training: Text,
+    training: Text | OwnWords,
     held_out: Text,
     minutes: float,
     batch_tokens: int,
     objective: Callable[[Tensor, Tensor], Tensor],
     out: Path,
+    judge: Callable[[], float] | None = None,
 ) -> dict[str, float]:
-    """Train for `minutes`, keep the weights with the lowest held-out loss, save them to `out`."""
+    """Train for `minutes`, keep the best weights, save them to `out`.
+
+    The best are those with the least `judge()`, or else with the lowest held-out loss.
+    """
     matrices = [p for p in network.layers.parameters() if p.dim() == 2]
     rest = [p for p in network.parameters() if all(p is not m for m in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -320,7 +325,8 @@ def train(
     ]
     base = [o.param_groups[0]["lr"] for o in optimizers]
     rng = np.random.default_rng(0)
-    best: dict[str, float] = {"validation_loss": math.inf}
+    best: dict[str, float] = {}
+    least = math.inf
     step, seen, worse, start, next_look = 0, 0, 0, time.monotonic(), 0.05
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1 and worse < 5:
         for optimizer, lr in zip(optimizers, base, strict=True):
@@ -340,8 +346,10 @@ def train(
             next_look = progress + 0.05
             validation = loss_on(network, held_out, 512)
             print(f"{progress:6.1%} {seen:,} tokens, validation loss {validation:.4f}", flush=True)
-            worse = 0 if validation < best["validation_loss"] else worse + 1
+            judged = judge() if judge else validation
+            worse = 0 if judged < least else worse + 1
             if worse == 0:
+                least = judged
                 best = {"validation_loss": validation, "tokens_seen": seen, "steps": step}
                 state = {k: v.detach().clone() for k, v in network.state_dict().items()}
                 torch.save(state, out)
@@ -366,13 +374,16 @@ def train_demo(
 
 
 @torch.no_grad()
-def continue_greedily(network: Network, ids: Tensor, count: int) -> Tensor:
-    """`ids` [B, L] with `count` more tokens each, always the likeliest."""
+def go_on(network: Network, ids: Tensor, count: int, temperature: float = 0) -> Tensor:
+    """`ids` [B, L] with `count` more tokens each: drawn, or at temperature 0 the likeliest."""
     past, start, new = Past(), 0, ids
     for _ in range(count):
-        logits = network(new, past, start)
+        logits = network(new, past, start)[:, -1]
         start += new.shape[1]
-        new = logits[:, -1:].argmax(-1)
+        if temperature:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1)
+        else:
+            new = logits.argmax(-1, keepdim=True)
         ids = torch.cat([ids, new], 1)
     return ids
 
@@ -399,7 +410,7 @@ def repetition(network: Network, text: Text) -> float:
     network.eval()
     rng = np.random.default_rng(1)
     ids = [prompts(text, rng, 16) for _ in range(4)]
-    found = [repeats(continue_greedily(network, i, 100), i.shape[1])[:, -100:] for i in ids]
+    found = [repeats(go_on(network, i, 100), i.shape[1])[:, -100:] for i in ids]
     network.train()
     return torch.cat(found).float().mean().item()
 
@@ -428,7 +439,7 @@ def unlearn_repeating(
         likely = F.cross_entropy(network(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
         prompt = prompts(training, rng, 16)
         network.eval()
-        ids = continue_greedily(network, prompt, 100)
+        ids = go_on(network, prompt, 100)
         network.train()
         repeated = repeats(ids, prompt.shape[1])[:, 1:]
         p = network(ids[:, :-1]).softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -454,12 +465,66 @@ def unlearn_repeating(
     }
 
 
-def distil_draft(training: Text, held_out: Text, minutes: float, out: Path) -> dict[str, float]:
+class OwnWords:
+    """Windows that are by turns of `text` and of what `network` made of its beginnings.
+
+    A draft is asked about the network's words, not about a book's (Y. Zhou et al., DistillSpec,
+    arXiv 2310.08461). Half of them are the likeliest ones, half are drawn. They are written in
+    the given time, and then used again and again.
+    """
+
+    LENGTH = 256
+
+    def __init__(self, text: Text, network: Network, minutes: float):
+        self.text, self.turn = text, 0
+        rng, end, made = np.random.default_rng(3), time.monotonic() + 60 * minutes, []
+        while time.monotonic() < end or len(made) < 2:
+            begun = prompts(text, rng, 64)[:, :96]
+            temperature = len(made) % 2 * 0.8
+            made.append(go_on(network, begun, self.LENGTH + 1 - begun.shape[1], temperature))
+        self.made = torch.cat(made)
+        print(f"{self.made.numel():,} tokens of the network's own", flush=True)
+
+    def windows(self, rng: np.random.Generator, batch: int, length: int) -> Tensor:
+        self.turn += 1
+        if self.turn % 2:
+            return self.text.windows(rng, batch, length)
+        return self.made[rng.integers(len(self.made), size=batch * length // self.LENGTH)]
+
+
+class Agreement:
+    """Share of the tokens that `network` generates greedily that a draft finds likeliest, too."""
+
+    def __init__(self, network: Network, text: Text):
+        rng = np.random.default_rng(4)
+        begun = [prompts(text, rng, 32) for _ in range(4)]
+        self.texts = [(b.shape[1], go_on(network, b, 128)) for b in begun]
+
+    @torch.no_grad()
+    def __call__(self, draft: Network) -> float:
+        draft.eval()
+        found = [
+            (draft(ids[:, :-1]).argmax(-1) == ids[:, 1:])[:, first - 1 :].float().mean().item()
+            for first, ids in self.texts
+        ]
+        draft.train()
+        print(f"agreement {sum(found) / len(found):.1%}", flush=True)
+        return sum(found) / len(found)
+
+
+def distil_draft(
+    training: Text, held_out: Text, minutes: float, out: Path, resume: bool
+) -> dict[str, float]:
     teacher = Network(DEMO)
     teacher.load_state_dict(torch.load(out / "demo.pt", weights_only=True))
     teacher.eval().requires_grad_(False)
     student = Network(DRAFT)
+    if resume:
+        student.load_state_dict(torch.load(out / "demo-draft.pt", weights_only=True))
     run, teach = (torch.compile(m, dynamic=False) for m in (student, teacher))
+    agreement = Agreement(teacher, held_out)
+    before = agreement(student)
+    words = OwnWords(training, teacher, minutes * OWN_WORDS)
 
     def objective(ids: Tensor, _: Tensor) -> Tensor:
         with torch.no_grad():
@@ -467,7 +532,11 @@ def distil_draft(training: Text, held_out: Text, minutes: float, out: Path) -> d
         got = run(ids).flatten(0, 1).log_softmax(-1)
         return F.kl_div(got, wanted, reduction="batchmean", log_target=True)
 
-    return train(student, training, held_out, minutes, 4096, objective, out / "demo-draft.pt")
+    left = minutes * (1 - OWN_WORDS)
+    file, judge = out / "demo-draft.pt", lambda: -agreement(student)
+    record = train(student, words, held_out, left, 4096, objective, file, judge)
+    student.load_state_dict(torch.load(file, weights_only=True))
+    return record | {"agreement_before": before, "agreement": agreement(student)}
 
 
 def main() -> None:
@@ -478,7 +547,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--unlearn-minutes", type=float, default=20)
     parser.add_argument("--draft-minutes", type=float, default=20)
-    parser.add_argument("--resume", action="store_true", help="train OUT/demo.pt further")
+    parser.add_argument("--resume", action="store_true", help="train what is in OUT further")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -494,7 +563,12 @@ def main() -> None:
     for step, name, config, run in (
         ("demo", "demo", DEMO, partial(train_demo, minutes=args.minutes, resume=args.resume)),
         ("unlearn", "demo", DEMO, partial(unlearn_repeating, minutes=args.unlearn_minutes)),
-        ("draft", "demo-draft", DRAFT, partial(distil_draft, minutes=args.draft_minutes)),
+        (
+            "draft",
+            "demo-draft",
+            DRAFT,
+            partial(distil_draft, minutes=args.draft_minutes, resume=args.resume),
+        ),
     ):
         if step in args.steps:
             record[step] = run(training, held_out, out=args.out)
