@@ -100,12 +100,14 @@ INLINE void put_four(float *c, four sum, float alpha, float beta, int n) {
 #define BLOCK 128
 
 /* `rows` rows of A with four rows of a transposed B; with fewer left, the last stands in for them.
-   Only the first of several passes over four rows waits for memory: so each of the first two
-   fetches half of the next four. */
+   Of several passes over four rows only the first waits for memory: so each of the first two
+   fetches half of the four rows that come after the next four, and a single one all of them. */
 INLINE void dots(const product *p, const int rows, ptrdiff_t m, ptrdiff_t n, int pass) {
   const int left = p->N - n < 4 ? (int)(p->N - n) : 4;
-  const ptrdiff_t next = n + 8 <= p->N ? n + 4 + 2 * (pass & 1) : n;
-  const float *soon[2] = {p->B + next * p->ldb, p->B + (next + (left > 1)) * p->ldb};
+  const int single = p->M <= 3;
+  const ptrdiff_t next = n + 12 <= p->N ? n + 8 + (single ? 0 : 2 * (pass & 1)) : n;
+  const ptrdiff_t step = left == 4 ? p->ldb : 0; /* not beyond the last row */
+  const float *soon = p->B + next * p->ldb;
   const float *a[3], *b[4];
   vec total[3][4] = {{{0}}}, x[3];
   for (int i = 0; i < rows; i++) a[i] = p->A + (m + i) * p->lda;
@@ -115,8 +117,12 @@ INLINE void dots(const product *p, const int rows, ptrdiff_t m, ptrdiff_t n, int
     vec acc[3][4] = {{{0}}};
     const ptrdiff_t end = whole - k < BLOCK * LANES ? whole : k + BLOCK * LANES;
     for (; k < end; k += LANES) {
-      __builtin_prefetch(soon[0] + k);
-      __builtin_prefetch(soon[1] + k);
+      __builtin_prefetch(soon + k);
+      __builtin_prefetch(soon + step + k);
+      if (single) {
+        __builtin_prefetch(soon + 2 * step + k);
+        __builtin_prefetch(soon + 3 * step + k);
+      }
 #pragma GCC unroll 3
       for (int i = 0; i < rows; i++) x[i] = load(a[i] + k);
 #pragma GCC unroll 4
