@@ -34,13 +34,18 @@ def new_directory(out: Path, force: bool) -> Iterator[Path]:
             _sync(path)
         if out.is_dir():
             old = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-            out.rename(old)
+            lock = _lock(out)  # which goes along
             try:
-                partial.rename(out)
-            except OSError:
-                old.rename(out)
-                raise
-            shutil.rmtree(old)
+                out.rename(old)
+                try:
+                    partial.rename(out)
+                except OSError:
+                    old.rename(out)
+                    raise
+                shutil.rmtree(old)
+            finally:
+                if lock is not None:
+                    os.close(lock)
         else:
             partial.rename(out)
 
@@ -92,9 +97,8 @@ def _beside(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_remains(out)
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        partial, lock = _make(out)
         partial.chmod(0o777 & ~_umask())
-        lock = _lock(partial)
     except OSError as error:
         raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
     try:
@@ -112,6 +116,23 @@ def _prefix(out: Path) -> str:
     return f".{out.name}.partial-"
 
 
+def _make(out: Path) -> tuple[Path, int | None]:
+    """A directory beside `out`, and its lock; None on a file system without locks.
+
+    Until it is locked, another process may take it for remains and remove it: then there is a new
+    one.
+    """
+    for _ in range(10):
+        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+        lock = _lock(partial)
+        if lock is not None:
+            if partial.exists():
+                return partial, lock
+            os.close(lock)
+    partial.mkdir(exist_ok=True)
+    return partial, None
+
+
 def _remove_remains(out: Path) -> None:
     for remains in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
         lock = _lock(remains)
@@ -121,8 +142,11 @@ def _remove_remains(out: Path) -> None:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock; None when another process holds it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    """A descriptor that holds the directory's lock; None: another process does, or it is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

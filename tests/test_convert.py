@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Thread
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.convert.atomic import new_directory
+from mlx_openelm.convert.atomic import new_directory, new_file
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
 from mlx_openelm.tokenizer import CHAT_TEMPLATE
@@ -301,3 +302,23 @@ def test_a_failure_on_the_way_leaves_nothing(out: Path) -> None:
     with pytest.raises(InputError, match="on the way"):
         fail()
     assert nothing_is_left(out)
+
+
+def test_runs_that_start_together_do_not_take_each_others_work_for_remains(tmp_path: Path) -> None:
+    out, failures = tmp_path / "model", []
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(50):
+                with new_file(out, force=True) as file:
+                    file.write_text(str(number))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
