@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from .cache import Buffer, View, read, write
 from .config import OpenELMConfig
-from .network import Step, silu
+from .exponential import silu, softmax_product
+from .network import Step
 from .quantization import Scheme
 from .weights import Layer, Weights
 
@@ -163,7 +164,7 @@ def _attend(
     queries = heads[:, : split.query_heads].reshape(B, split.kv_heads, -1, head_dim)
     buffer = write(buffer, heads[:, split.query_heads :], view.slot, scheme)
     keys, values = read(buffer, scheme, heads.dtype)
-    y = mx.softmax(queries @ keys.swapaxes(-1, -2) + mask, axis=-1) @ values
+    y = softmax_product(queries @ keys.swapaxes(-1, -2) + mask, values)
     if L > 1:
         y = y.reshape(B, split.query_heads, L, head_dim).swapaxes(1, 2)
     return y.reshape(B * L, -1), buffer

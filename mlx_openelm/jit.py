@@ -19,8 +19,16 @@ import mlx.core as mx
 VARIABLE = "MLX_OPENELM_JIT"  # "0": steps are never compiled on a CPU
 COMPILER = "g++" if sys.platform == "linux" else "clang++"
 # (batch, length, max_size) of steps whose kernels differ
-_VARIANTS = ((1, 1, None), (1, 3, None), (1, 1, 8), (2, 1, None), (2, 3, None))
-_SOURCES = ("elementwise.py", "cache.py", "model.py", "jit.py")
+_VARIANTS = (
+    (1, 1, None),
+    (1, 3, None),
+    (1, 1, 8),
+    (2, 1, None),
+    (2, 3, None),
+    (1, 64, None),
+    (2, 64, None),
+)
+_SOURCES = ("elementwise.py", "exponential.py", "cache.py", "model.py", "jit.py")
 
 
 def ready() -> bool:
