@@ -14,7 +14,7 @@ import mlx.core as mx
 from .decoding import Prompt, TextStream, encode_prompt, prefill
 from .errors import InputError
 from .model import OpenELM
-from .sampling import LogitsProcessor, Sampler, make_sampler
+from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -183,7 +183,10 @@ def batch_generate_step(
         for process in logits_processors or ():
             parts = [process(s, logits[i : i + 1]) for i, s in enumerate(seen)]
             logits = mx.concatenate(parts)
-        tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        if sampler is greedy:  # which needs no log-probabilities
+            tokens = greedy(logits)
+        else:
+            tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         mx.async_eval(tokens)  # type: ignore[no-untyped-call]
         return tokens
 

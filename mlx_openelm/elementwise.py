@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .cache import Buffer, View, read, write
 from .config import OpenELMConfig
-from .exponential import silu, softmax_product
+from .exponential import MANY, apart, silu, softmax_product
 from .network import Step
 from .quantization import Scheme
 from .weights import Layer, Weights
@@ -35,7 +35,10 @@ class Norm(NamedTuple):
     def __call__(self, x: mx.array) -> mx.array:
         """Over the last axis of `x` [..., dim]."""
         squares = mx.sum(mx.square(x), axis=-1, keepdims=True)
-        return x * mx.rsqrt(squares * self.mean + self.eps) * self.weight
+        if x.size < MANY:
+            return x * mx.rsqrt(squares * self.mean + self.eps) * self.weight
+        # Otherwise the root would be computed for each value
+        return x * apart(mx.rsqrt(squares * self.mean[:1] + self.eps[:1])) * self.weight
 
 
 class Heads(NamedTuple):
@@ -63,7 +66,8 @@ class Heads(NamedTuple):
         squares = mx.sum(mx.square(x), axis=(-2, -1), keepdims=True)
         straight = x * self.weight * mx.where(self.turns, cos, 1.0)
         across = x[..., ::-1, :] * self.swapped * sin
-        y = (straight + across) * mx.rsqrt(squares * self.mean + self.eps)
+        scale = mx.rsqrt(squares * self.mean + self.eps)
+        y = (straight + across) * (scale if x.size < MANY else apart(scale))
         if L == 1:
             return y.reshape(B, heads, L, 2 * half)
         return y.reshape(B, L, heads, 2 * half).swapaxes(1, 2)
