@@ -18,15 +18,16 @@ import mlx.core as mx
 
 VARIABLE = "MLX_OPENELM_JIT"  # "0": steps are never compiled on a CPU
 COMPILER = "g++" if sys.platform == "linux" else "clang++"
-# (batch, length, max_size) of steps whose kernels differ
+# (lengths of a batch's prompts, length, max_size) of steps whose kernels differ
 _VARIANTS = (
-    (1, 1, None),
-    (1, 3, None),
-    (1, 1, 8),
-    (2, 1, None),
-    (2, 3, None),
-    (1, 64, None),
-    (2, 64, None),
+    ((3,), 1, None),
+    ((3,), 3, None),
+    ((3,), 64, None),
+    ((3,), 1, 8),
+    ((3, 3), 3, None),
+    ((1, 2), 1, None),
+    ((1, 2), 3, None),
+    ((1, 2), 64, None),
 )
 _SOURCES = ("elementwise.py", "exponential.py", "cache.py", "model.py", "jit.py")
 
@@ -87,10 +88,10 @@ def build() -> None:
             vocab_size=64, model_dim=64, head_dim=32, num_transformer_layers=2
         )
         model = OpenELM(config, policy=Policy("CPU", mx.float32, fast_kernels=False))
-        for batch, length, max_size in _VARIANTS:
-            lengths = None if batch == 1 else range(1, batch + 1)
-            cache = model.make_cache(max_size, lengths=lengths)
+        for lengths, length, max_size in _VARIANTS:
+            batched = lengths if len(lengths) > 1 else None
+            cache = model.make_cache(max_size, lengths=batched)
             for last_only in (True, False):
-                tokens = mx.zeros((batch, length), mx.int32)
+                tokens = mx.zeros((len(lengths), length), mx.int32)
                 mx.eval(model(tokens, cache, last_only), cache.buffers)
         marker.touch()
