@@ -76,7 +76,7 @@ def policy() -> Policy:
         mx.float32,
         fast_kernels=False,
         fused_by_jit=True,
-        prefill_step=128,
+        prefill_step=256,
         memory=_available_memory() // 2,
     )
 

@@ -22,6 +22,7 @@ from .network import Step
 from .quantization import Scheme
 from .weights import Layer, Weights
 
+BLOCK = 128  # tokens whose attention is computed together
 NEVER = -1e9  # added to the score of a slot that isn't attended to; finite, since padding sees none
 
 
@@ -73,6 +74,37 @@ class Heads(NamedTuple):
         return y.reshape(B, L, heads, 2 * half).swapaxes(1, 2)
 
 
+class Block(NamedTuple):
+    """Some of a step's tokens, and what they attend to.
+
+    Later tokens see more than earlier ones, so that in blocks less is computed for nothing.
+    """
+
+    start: int  # in the step
+    end: int
+    slots: int  # of the cache; the ones beyond are of later tokens
+    mask: mx.array  # [B or 1, 1, rows, slots], added to the scores
+
+
+def _blocks(mask: mx.array, repeats: int) -> list[Block]:
+    """The blocks of a step with the additive `mask` [B or 1, 1, L, capacity].
+
+    Their rows are their tokens, as often as query heads share a key head; a single token's row
+    stands for all.
+    """
+    L, capacity = mask.shape[2:]
+    if L == 1:
+        return [Block(0, 1, capacity, mask)]
+    blocks = []
+    for start in range(0, L, BLOCK):
+        end = min(start + BLOCK, L)
+        # A step begins at `capacity` - L at the latest
+        slots = capacity - L + end
+        rows = mask if end - start == L else mask[:, :, start:end, :slots]
+        blocks.append(Block(start, end, slots, mx.tile(rows, (1, 1, repeats, 1))))
+    return blocks
+
+
 def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = None) -> Step:
     """As `network.make_step`."""
     dtype = weights.norm.dtype
@@ -98,14 +130,14 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
         cos, sin = mx.cos(angles), mx.sin(angles)
         sin = mx.concatenate([-sin, sin], axis=-2)
         mask = mx.where(view.mask, 0.0, NEVER)[:, None]
-        masks = {g: mx.tile(mask, (1, 1, g, 1)) if L > 1 else mask for g in groups}
+        blocks = {repeats: _blocks(mask, repeats) for repeats in groups}
         new = []
         for layer, (attn_norm, ffn_norm), split, buffer in zip(
             weights.layers, norms, heads, buffers, strict=True
         ):
             h = split(layer.qkv_proj(attn_norm(x)), (B, L), cos, sin)
-            mask = masks[split.query_heads // split.kv_heads]
-            h, buffer = _attend(split, h, buffer, view, mask, scheme)
+            repeats = split.query_heads // split.kv_heads
+            h, buffer = _attend(split, h, buffer, view, blocks[repeats], scheme)
             x = layer.out_proj.add_to(x, h)
             h = layer.proj_1(ffn_norm(x))
             if config.ffn_with_glu:
@@ -155,20 +187,22 @@ def _attend(
     heads: mx.array,
     buffer: Buffer,
     view: View,
-    mask: mx.array,
+    blocks: list[Block],
     scheme: Scheme | None,
 ) -> tuple[mx.array, Buffer]:
-    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer).
-
-    `mask` [B or 1, 1, rows, capacity] is added to the scores; its rows are L times the query heads
-    that share a key head, or 1.
-    """
+    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer)."""
     B, _, L, head_dim = heads.shape
-    # The query heads that share a key head are rows of one matrix.
-    queries = heads[:, : split.query_heads].reshape(B, split.kv_heads, -1, head_dim)
+    queries = heads[:, : split.query_heads]
     buffer = write(buffer, heads[:, split.query_heads :], view.slot, scheme)
     keys, values = read(buffer, scheme, heads.dtype)
-    y = softmax_product(queries @ keys.swapaxes(-1, -2) + mask, values)
-    if L > 1:
-        y = y.reshape(B, split.query_heads, L, head_dim).swapaxes(1, 2)
-    return y.reshape(B * L, -1), buffer
+    parts = []
+    for start, end, slots, mask in blocks:
+        q, k, v = queries, keys, values
+        if len(blocks) > 1:
+            q, k, v = q[:, :, start:end], k[:, :, :slots], v[:, :, :slots]
+        # The query heads that share a key head are rows of one matrix.
+        q = q.reshape(B, split.kv_heads, -1, head_dim)
+        y = softmax_product(q @ k.swapaxes(-1, -2) + mask, v)
+        parts.append(y.reshape(B, split.query_heads, -1, head_dim) if L > 1 else y)
+    y = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    return (y.swapaxes(1, 2) if L > 1 else y).reshape(B * L, -1), buffer

@@ -68,6 +68,21 @@ def test_chunks_through_the_cache_give_the_logits_of_one_pass(
     assert np.abs(np.array(mx.concatenate(parts, axis=1)) - wanted).max() < BOUND
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("lengths", [(300,), (37, 256, 140)])
+def test_steps_whose_attention_is_computed_in_blocks(lengths: tuple[int, ...], policy: str) -> None:
+    config = CONFIGS["uneven"]
+    weights = reference.random_weights(config, seed=0)
+    tokens = tokens_for(config.vocab_size, 2, sum(lengths))
+    wanted = reference.logits(config, weights, tokens)
+    model = random_model(config, POLICIES[policy])
+    cache, parts, start = model.make_cache(), [], 0
+    for length in lengths:
+        parts.append(model(mx.array(tokens[:, start : start + length]), cache))
+        start += length
+    assert np.abs(np.array(mx.concatenate(parts, axis=1)) - wanted).max() < BOUND
+
+
 def test_last_only_is_the_last_position() -> None:
     model = random_model(CONFIGS["uneven"])
     tokens = mx.array(tokens_for(96, 2, 9))
