@@ -69,7 +69,7 @@ def test_chunks_through_the_cache_give_the_logits_of_one_pass(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("lengths", [(300,), (37, 256, 140)])
+@pytest.mark.parametrize("lengths", [(256, 256), (37, 256, 140)])
 def test_steps_whose_attention_is_computed_in_blocks(lengths: tuple[int, ...], policy: str) -> None:
     config = CONFIGS["uneven"]
     weights = reference.random_weights(config, seed=0)
