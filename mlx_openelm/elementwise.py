@@ -116,13 +116,15 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
         (Norm(layer.attn_norm, mean, eps), Norm(layer.ffn_norm, mean, eps))
         for layer in weights.layers
     ]
-    last = Norm(weights.norm, mean, eps)
+    last_norm = Norm(weights.norm, mean, eps)
     heads = [_heads(config, i, layer, dtype) for i, layer in enumerate(weights.layers)]
     groups = {split.query_heads // split.kv_heads for split in heads}
     frequencies = config.rope_freq_constant ** (-mx.arange(0, config.head_dim, 2) / config.head_dim)
-    mx.eval(norms, last, heads, frequencies)
+    mx.eval(norms, last_norm, heads, frequencies)
 
-    def step(tokens: mx.array, buffers: list[Buffer], view: View) -> tuple[mx.array, list[Buffer]]:
+    def step(
+        tokens: mx.array, buffers: list[Buffer], view: View, last: mx.array | None = None
+    ) -> tuple[mx.array, list[Buffer]]:
         B, L = tokens.shape
         # Rows, not sequences: a product of two matrices is one call of the BLAS.
         x = weights.token_embeddings.take(tokens.reshape(-1), dtype)
@@ -136,9 +138,15 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
             weights.layers, norms, heads, buffers, strict=True
         ):
             h = split(layer.qkv_proj(attn_norm(x)), (B, L), cos, sin)
-            repeats = split.query_heads // split.kv_heads
-            h, buffer = _attend(split, h, buffer, view, blocks[repeats], scheme)
-            x = layer.out_proj.add_to(x, h)
+            queries = h[:, : split.query_heads]
+            buffer = write(buffer, h[:, split.query_heads :], view.slot, scheme)
+            its_blocks = blocks[split.query_heads // split.kv_heads]
+            if last is not None and layer is weights.layers[-1]:
+                x = mx.take(x.reshape(B, L, -1), last, axis=1).reshape(B, -1)
+                queries = mx.take(queries, last, axis=2)
+                its_blocks = _blocks(mx.take(mask, last, axis=2), 1)
+            keys, values = read(buffer, scheme, dtype)
+            x = layer.out_proj.add_to(x, _attend(queries, keys, values, its_blocks))
             h = layer.proj_1(ffn_norm(x))
             if config.ffn_with_glu:
                 gate, up = mx.split(h, 2, axis=-1)
@@ -147,7 +155,7 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
                 h = silu(h)
             x = layer.proj_2.add_to(x, h)
             new.append(buffer)
-        return last(x).reshape(B, L, -1), new
+        return last_norm(x).reshape(B, -1, config.model_dim), new
 
     return step
 
@@ -182,27 +190,20 @@ def _heads(config: OpenELMConfig, i: int, layer: Layer, dtype: mx.Dtype) -> Head
     )
 
 
-def _attend(
-    split: Heads,
-    heads: mx.array,
-    buffer: Buffer,
-    view: View,
-    blocks: list[Block],
-    scheme: Scheme | None,
-) -> tuple[mx.array, Buffer]:
-    """`heads` [B, heads, L, head_dim] → ([B · L, query_heads · head_dim], the buffer)."""
-    B, _, L, head_dim = heads.shape
-    queries = heads[:, : split.query_heads]
-    buffer = write(buffer, heads[:, split.query_heads :], view.slot, scheme)
-    keys, values = read(buffer, scheme, heads.dtype)
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, blocks: list[Block]) -> mx.array:
+    """`queries` [B, query_heads, L, head_dim] → [B · L, query_heads · head_dim].
+
+    `keys` and `values` are [B, kv_heads, capacity, head_dim].
+    """
+    B, query_heads, L, head_dim = queries.shape
     parts = []
     for start, end, slots, mask in blocks:
         q, k, v = queries, keys, values
         if len(blocks) > 1:
             q, k, v = q[:, :, start:end], k[:, :, :slots], v[:, :, :slots]
         # The query heads that share a key head are rows of one matrix.
-        q = q.reshape(B, split.kv_heads, -1, head_dim)
+        q = q.reshape(B, keys.shape[1], -1, head_dim)
         y = softmax_product(q @ k.swapaxes(-1, -2) + mask, v)
-        parts.append(y.reshape(B, split.query_heads, -1, head_dim) if L > 1 else y)
+        parts.append(y.reshape(B, query_heads, -1, head_dim) if L > 1 else y)
     y = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-    return (y.swapaxes(1, 2) if L > 1 else y).reshape(B * L, -1), buffer
+    return (y.swapaxes(1, 2) if L > 1 else y).reshape(B * L, -1)

@@ -125,9 +125,7 @@ class OpenELM:
         ) -> _Out:
             self.traces += 1
             seen = view(offset, tokens.shape[1], buffers[0][0].shape[2], max_size, starts)
-            hidden, buffers = run(tokens, buffers, seen)
-            if last_only:
-                hidden = mx.take(hidden, last, axis=1)
+            hidden, buffers = run(tokens, buffers, seen, last if last_only else None)
             return self.weights.lm_head(hidden), buffers
 
         if compiled:

@@ -27,8 +27,12 @@ def attention(
     buffer: Buffer,
     view: View,
     scheme: Scheme | None = None,
+    last: mx.array | None = None,
 ) -> tuple[mx.array, Buffer]:
-    """`x` [B, L, model_dim] → ([B, L, model_dim], the buffer with the new keys and values)."""
+    """`x` [B, L, model_dim] → ([B, L, model_dim], the buffer with the new keys and values).
+
+    With `last` [1] only the token there attends, and L becomes 1 in what is returned.
+    """
     B, L, _ = x.shape
     kv_heads, head_dim = buffer[0].shape[1] // 2, config.head_dim
     qkv = layer.qkv_proj(x).reshape(B, L, -1, head_dim).transpose(0, 2, 1, 3)
@@ -41,8 +45,10 @@ def attention(
     buffer = write(buffer, mx.concatenate([k, v], axis=1), view.slot, scheme)
     keys, values = read(buffer, scheme, x.dtype)
     mask = view.mask[:, None]
+    if last is not None:
+        q, mask = mx.take(q, last, axis=2), mx.take(mask, last, axis=2)
     y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=head_dim**-0.5, mask=mask)
-    return layer.out_proj(y.transpose(0, 2, 1, 3).reshape(B, L, -1)), buffer
+    return layer.out_proj(y.transpose(0, 2, 1, 3).reshape(B, q.shape[2], -1)), buffer
 
 
 def _rotate(heads: mx.array, config: OpenELMConfig, offset: mx.array) -> mx.array:
@@ -70,22 +76,26 @@ def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
-Step = Callable[[mx.array, list[Buffer], View], tuple[mx.array, list[Buffer]]]
-"""(tokens [B, L] int32, cache buffers, view) → (hidden states [B, L, model_dim] after the final
-norm, the new buffers)."""
+Step = Callable[[mx.array, list[Buffer], View, mx.array | None], tuple[mx.array, list[Buffer]]]
+"""(tokens [B, L] int32, cache buffers, view, last) → (hidden states [B, L, model_dim] after the
+final norm, the new buffers). `last` [1]: the index of the only token that is wanted, and L becomes
+1; the other tokens are spared the last layer, but for its keys and values."""
 
 
 def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = None) -> Step:
     """The network as a pure function of tokens and cache; `scheme`: how the cache is quantized."""
     eps = config.rms_norm_eps
 
-    def step(tokens: mx.array, buffers: list[Buffer], view: View) -> tuple[mx.array, list[Buffer]]:
+    def step(
+        tokens: mx.array, buffers: list[Buffer], view: View, last: mx.array | None = None
+    ) -> tuple[mx.array, list[Buffer]]:
         x = weights.token_embeddings.take(tokens, weights.norm.dtype)
         new = []
         for layer, buffer in zip(weights.layers, buffers, strict=True):
             h = mx.fast.rms_norm(x, layer.attn_norm, eps)
-            h, buffer = attention(config, layer, h, buffer, view, scheme)
-            x = x + h
+            only = last if layer is weights.layers[-1] else None
+            h, buffer = attention(config, layer, h, buffer, view, scheme, only)
+            x = h + (x if only is None else mx.take(x, only, axis=1))
             x = x + feed_forward(config, layer, mx.fast.rms_norm(x, layer.ffn_norm, eps))
             new.append(buffer)
         return mx.fast.rms_norm(x, weights.norm, eps), new

@@ -83,12 +83,17 @@ def test_steps_whose_attention_is_computed_in_blocks(lengths: tuple[int, ...], p
     assert np.abs(np.array(mx.concatenate(parts, axis=1)) - wanted).max() < BOUND
 
 
-def test_last_only_is_the_last_position() -> None:
-    model = random_model(CONFIGS["uneven"])
-    tokens = mx.array(tokens_for(96, 2, 9))
-    logits = model(tokens, last_only=True)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("length", [1, 7, 9, 200])
+def test_last_only_is_the_last_position(length: int, policy: str) -> None:
+    model = random_model(CONFIGS["uneven"], POLICIES[policy])
+    tokens = mx.array(tokens_for(96, 2, length))
+    cache = model.make_cache()
+    logits = model(tokens, cache, last_only=True)
     assert logits.shape == (2, 1, 96)
-    assert mx.abs(logits[:, 0] - model(tokens)[:, -1]).max().item() < 1e-5
+    whole = model(mx.concatenate([tokens, tokens[:, :1]], axis=1))
+    assert mx.abs(logits[:, 0] - whole[:, -2]).max().item() < 1e-5
+    assert mx.abs(model(tokens[:, :1], cache)[:, 0] - whole[:, -1]).max().item() < 1e-5
 
 
 @pytest.mark.parametrize(
