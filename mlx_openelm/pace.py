@@ -46,8 +46,6 @@ class Costs:
 
     Attributes:
         accepted, tried: drafted tokens by kind, the latest with the most weight.
-        lost: plain steps' worth of time that rounds of all texts have lost, not below 0.
-        tokens: of all texts.
     """
 
     def __init__(self) -> None:
@@ -57,7 +55,6 @@ class Costs:
         self._warm: set[tuple[str, int]] = set()
         self.accepted: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
         self.tried: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
-        self.lost = self.tokens = 0.0
         self._added = 0
         self._lines: dict[str, list[tuple[int, float]]] = {}
 
@@ -132,7 +129,7 @@ class Pace:
     length that promises most tokens a second is taken, if that is more than plain steps give.
     Where nothing promises anything a round is tried now and then. All of it keeps accounts: what
     rounds have lost, all in all, against plain steps, must stay within `ALLOWANCE` plain steps
-    and the share `SLACK` of the time, in this text and in all together, else no round is made.
+    and the share `SLACK` of the time, else no round is made.
     """
 
     def __init__(self, longest: int = LENGTHS[-1], costs: Costs | None = None) -> None:
@@ -142,7 +139,6 @@ class Pace:
         self._outdated = 0.0
         self._lost = 0.0  # plain steps' worth of time
         self._tokens = 0.0
-        self._before = self.costs.lost, self.costs.tokens  # of the texts until now
         self._since_probe = 0
         self._rounds = 0  # since plain steps were measured
         self._refresh = 0  # plain steps to measure now
@@ -158,8 +154,7 @@ class Pace:
         """Of which kind to draft now and how many tokens, at most `longest`; None: none."""
         if self.costs.plain is None or self._refresh or longest < 1:
             return None
-        lost, tokens = self._before
-        allowed = ALLOWANCE + SLACK * self._tokens - self._lost + min(SLACK * tokens - lost, 0.0)
+        allowed = ALLOWANCE + SLACK * self._tokens - self._lost
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
         for kind in kinds:
             for n, steps, gain in self._promises(kind):
@@ -195,8 +190,8 @@ class Pace:
             self._rounds = 0
             self._refresh = max(self._refresh - 1, 0)
         elif (plain := self.costs.plain) and (waiting := self.costs.waiting):
-            self._lose(max(waiting / plain - 1, 0.0))
-        self._count(1)
+            self._lost += max(waiting / plain - 1, 0.0)
+        self._tokens += 1
         self._since_probe += 1
 
     def round(self, kind: Kind, length: int, accepted: int, seconds: float) -> None:
@@ -204,7 +199,7 @@ class Pace:
         key = kind[:2]
         self.costs.accepted[key] = MEMORY * self.costs.accepted[key] + accepted
         self.costs.tried[key] = MEMORY * self.costs.tried[key] + min(accepted + 1, length)
-        self._count(accepted + 1)
+        self._tokens += accepted + 1
         self._since_probe = 0
         self._outdated = 0.0
         self._rounds += 1
@@ -215,12 +210,5 @@ class Pace:
         if plain is not None and counts:
             # What a draft model takes to catch up counts, an interruption from outside doesn't.
             spent = min(seconds, 4 * self.costs.round(kind, length))
-            self._lose(spent / plain - (accepted + 1))
-
-    def _lose(self, steps: float) -> None:
-        self._lost = max(self._lost + steps, -CREDIT)
-        self.costs.lost = max(self._before[0] + self._lost, 0.0)
-
-    def _count(self, tokens: int) -> None:
-        self._tokens += tokens
-        self.costs.tokens = self._before[1] + self._tokens
+            lost = spent / plain - (accepted + 1)
+            self._lost = max(self._lost + lost, -CREDIT)

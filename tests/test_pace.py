@@ -126,16 +126,6 @@ def test_what_was_measured_before_saves_trying() -> None:
     assert second.ratio < 1.05
 
 
-def test_losses_of_all_texts_together_stay_small() -> None:
-    for acceptance in (0.0, 0.3, 0.5):
-        costs = Costs()
-        texts = [
-            Simulation(lambda _: acceptance, 1.0, 0.3, costs=costs, seed=seed).run(128)  # noqa: B023
-            for seed in range(20)
-        ]
-        assert mean(text.ratio for text in texts) < 1.02
-
-
 def test_nothing_is_drafted_before_plain_steps_are_measured() -> None:
     pace = Pace()
     for _ in range(ENOUGH + 1):  # the first doesn't count
