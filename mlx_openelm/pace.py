@@ -13,6 +13,7 @@ ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
 ALLOWANCE = 1.1  # plain steps that may be lost to finding out, at the start...
+RISK = 2.5  # ...or to what promises a gain...
 SLACK = 0.015  # ...and the share of all time that may be, afterwards
 CREDIT = 10.0  # plain steps gained that may be lost again
 LOOK_EVERY = 8  # tokens after which plain steps may change what is chosen
@@ -128,8 +129,8 @@ class Pace:
     `(1 - a**(n + 1)) / (1 - a)` tokens (arXiv 2211.17192, equation 1) in the time of a round. The
     length that promises most tokens a second is taken, if that is more than plain steps give.
     Where nothing promises anything a round is tried now and then. All of it keeps accounts: what
-    rounds have lost, all in all, against plain steps, must stay within `ALLOWANCE` plain steps
-    and the share `SLACK` of the time, else no round is made.
+    rounds have lost, all in all, against plain steps, must stay within `ALLOWANCE` (or `RISK`)
+    plain steps and the share `SLACK` of the time, else no round is made.
     """
 
     def __init__(self, longest: int = LENGTHS[-1], costs: Costs | None = None) -> None:
@@ -154,10 +155,11 @@ class Pace:
         """Of which kind to draft now and how many tokens, at most `longest`; None: none."""
         if self.costs.plain is None or self._refresh or longest < 1:
             return None
-        allowed = ALLOWANCE + SLACK * self._tokens - self._lost
+        left = SLACK * self._tokens - self._lost
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
         for kind in kinds:
             for n, steps, gain in self._promises(kind):
+                allowed = left + (RISK if gain > WORTHWHILE else ALLOWANCE)
                 # At worst it gives one token.
                 if gain > most and n <= longest and steps - 1 <= allowed:
                     best, most = (kind, n), gain

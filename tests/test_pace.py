@@ -174,3 +174,9 @@ def test_costs_lie_on_the_line_between_what_was_measured() -> None:
     for _ in range(9):
         costs.add("model", 2, 9.0)  # longer than a longer one: can't be
     assert costs.round(KIND, 2) == 3.0
+
+
+def test_rounds_that_cost_several_plain_steps_are_taken_where_they_win() -> None:
+    costs = Costs()
+    texts = [Simulation(lambda _: 0.97, 0.85, 0.2, costs=costs, seed=n).run(128) for n in range(8)]
+    assert max(text.ratio for text in texts[1:]) < 0.6
