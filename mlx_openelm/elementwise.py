@@ -98,7 +98,7 @@ def _blocks(mask: mx.array, repeats: int) -> list[Block]:
     blocks = []
     for start in range(0, L, BLOCK):
         end = min(start + BLOCK, L)
-        # A step begins at `capacity` - L at the latest
+        # A step begins at `capacity` - L at the latest; a ring turns in steps shorter than a block
         slots = capacity - L + end
         rows = mask if end - start == L else mask[:, :, start:end, :slots]
         blocks.append(Block(start, end, slots, mx.tile(rows, (1, 1, repeats, 1))))

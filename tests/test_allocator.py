@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,13 +99,13 @@ def test_blocks_are_apart_whoever_frees_them(
         while (held := handed.get()) is not None:
             unmade(library, held, rng.random() < 0.5)
 
-    def run(*work: object) -> None:
+    def run(work: Callable[[], None]) -> None:
         try:
-            work[0](*work[1:])  # type: ignore[operator]
+            work()
         except BaseException as error:
             failures.append(error)
 
-    making = [threading.Thread(target=run, args=(make, seed)) for seed in range(makers)]
+    making = [threading.Thread(target=run, args=(partial(make, i),)) for i in range(makers)]
     ending = [threading.Thread(target=run, args=(end,)) for _ in range(enders)]
     for thread in making + ending:
         thread.start()

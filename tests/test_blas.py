@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_openelm import blas
+from mlx_openelm import allocator, blas
 
 needs_kernel = pytest.mark.skipif(blas.KERNEL is None, reason="the kernel isn't built")
 SOURCE = Path(blas.__file__).with_name("sgemm.c")
@@ -113,6 +113,7 @@ def test_a_checkout_with_a_compiler_has_the_kernel() -> None:
     if not shutil.which("cc") or not (SOURCE.parent.parent / "setup.py").exists():
         pytest.skip("no compiler, or not a checkout")
     assert blas.KERNEL is not None, "pip install -e . (or python setup.py build_ext --inplace)"
+    assert allocator.LIBRARY is not None or not shutil.which("c++"), "the same"
 
 
 # ---- The kernel itself
