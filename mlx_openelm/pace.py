@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 LENGTHS = (1, 2, 4, 8, 16)  # few, because a step is compiled for each: it takes one token more
-RECENT = 16  # measurements that count, of each kind
+RECENT = 8  # measurements that count, of each kind
 PLAIN, WAITING = "plain", "waiting"  # sources of no draft
 ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
@@ -18,7 +18,7 @@ SLACK = 0.015  # ...and the share of all time that may be, afterwards
 CREDIT = 10.0  # plain steps gained that may be lost again
 LOOK_EVERY = 8  # tokens after which plain steps may change what is chosen
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
-REFRESH_EVERY = 48  # rounds after which the plain step is measured again
+REFRESH_EVERY = 8  # rounds after which the plain step is measured again; more where much is gained
 FORGET_EVERY = 24  # measurements after which the other lengths each lose their oldest one
 REFRESH = 3  # steps that this takes
 
@@ -77,6 +77,11 @@ class Costs:
         return counts
 
     @property
+    def known(self) -> bool:
+        """Whether enough plain steps have been measured."""
+        return len(self._measured[PLAIN, 0]) >= ENOUGH
+
+    @property
     def plain(self) -> float | None:
         """Seconds of a plain step, once enough have been measured."""
         line = self._line(PLAIN)
@@ -130,7 +135,8 @@ class Pace:
     length that promises most tokens a second is taken, if that is more than plain steps give.
     Where nothing promises anything a round is tried now and then. All of it keeps accounts: what
     rounds have lost, all in all, against plain steps, must stay within `ALLOWANCE` (or `RISK`)
-    plain steps and the share `SLACK` of the time, else no round is made.
+    plain steps and the share `SLACK` of the time, else no round is made. Plain steps are measured
+    between rounds: a machine's speed changes, and the less is gained the sooner that turns it.
     """
 
     def __init__(self, longest: int = LENGTHS[-1], costs: Costs | None = None) -> None:
@@ -141,6 +147,7 @@ class Pace:
         self._lost = 0.0  # plain steps' worth of time
         self._tokens = 0.0
         self._since_probe = 0
+        self._gain = 1.0  # what the latest draft promised
         self._rounds = 0  # since plain steps were measured
         self._refresh = 0  # plain steps to measure now
 
@@ -153,7 +160,7 @@ class Pace:
 
     def choose(self, kinds: Sequence[Kind], longest: int) -> tuple[Kind, int] | None:
         """Of which kind to draft now and how many tokens, at most `longest`; None: none."""
-        if self.costs.plain is None or self._refresh or longest < 1:
+        if self._refresh or longest < 1 or not self.costs.known:
             return None
         left = SLACK * self._tokens - self._lost
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
@@ -163,6 +170,8 @@ class Pace:
                 # At worst it gives one token.
                 if gain > most and n <= longest and steps - 1 <= allowed:
                     best, most = (kind, n), gain
+        if best:
+            self._gain = max(most, 1.0)
         return best
 
     def _promises(self, kind: Kind) -> list[tuple[int, float, float]]:
@@ -205,7 +214,7 @@ class Pace:
         self._since_probe = 0
         self._outdated = 0.0
         self._rounds += 1
-        if self._rounds >= REFRESH_EVERY:
+        if self._rounds >= REFRESH_EVERY * self._gain**2:
             self._refresh = REFRESH
         counts = self.costs.add(kind.source, length, seconds)
         plain = self.costs.plain

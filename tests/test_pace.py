@@ -15,7 +15,7 @@ COSTS = [(0.2, 0.2), (0.1, 0.05), (0.5, 0.3)]  # of verifying, and of each draft
 
 
 class Simulation:
-    """Generation in which a plain step takes 1, not begun in time 1.08.
+    """Generation in which a plain step takes `plain`, not begun in time 1.08 times that.
 
     Args:
         acceptance: of a drafted token, by how many tokens there are.
@@ -34,17 +34,19 @@ class Simulation:
     ) -> None:
         self.acceptance, self.verifying, self.drafting = acceptance, verifying, drafting
         self.noise, self.random = noise, random.Random(seed)
-        self.pace = Pace(costs=costs)
+        self.pace, self.plain = Pace(costs=costs), 1.0
         self.tokens, self.time, self.in_time = 0, 0.0, True
         self.rounds: list[tuple[int, int]] = []  # tokens there were, tokens drafted
+        self.plain_steps: list[int] = []  # tokens there were
 
     def run(self, tokens: int) -> Simulation:
         end = self.tokens + tokens
         while self.tokens < end:
             choice = self.pace.choose([KIND], min(16, end - self.tokens - 1))
             if choice is None:
-                seconds = 1.0 if self.in_time else 1.08
+                seconds = self.plain * (1.0 if self.in_time else 1.08)
                 self.pace.plain_step(self.measured(seconds), self.in_time)
+                self.plain_steps.append(self.tokens)
                 made, self.in_time = 1, True
             else:
                 kind, length = choice
@@ -98,6 +100,15 @@ def test_the_length_comes_close_to_the_best_there_is(
     assert mean(ratios) < least + 0.08
 
 
+def test_a_plain_step_that_has_become_cheaper_is_noticed_soon() -> None:
+    simulation = Simulation(lambda _: 0.7, 0.2, 0.2).run(300)
+    assert simulation.ratio < 0.95
+    tokens, before = simulation.tokens, simulation.time
+    simulation.plain = 0.5
+    simulation.run(256)
+    assert (simulation.time - before) / (0.5 * (simulation.tokens - tokens)) < 1.1
+
+
 @pytest.mark.parametrize("acceptance", [0.0, 0.8])
 def test_noise_of_the_measurements_costs_little(acceptance: float) -> None:
     ratios = [
@@ -136,12 +147,15 @@ def test_nothing_is_drafted_before_plain_steps_are_measured() -> None:
     assert pace.choose([KIND], 0) is None
 
 
-def test_plain_steps_are_measured_again_now_and_then() -> None:
-    simulation = Simulation(lambda _: 0.9, 0.1, 0.05).run(4000)
-    plain = 4000 - sum(1 for _ in simulation.rounds)
-    assert plain > 0
-    gaps = [b - a for (a, _), (b, _) in zip(simulation.rounds, simulation.rounds[1:], strict=False)]
-    assert any(gap > 17 for gap in gaps)
+@pytest.mark.parametrize(("acceptance", "seldom"), [(0.6, 100), (0.9, 2000)])
+def test_plain_steps_are_measured_again_the_sooner_the_less_is_gained(
+    acceptance: float, seldom: int
+) -> None:
+    simulation = Simulation(lambda _: acceptance, 0.1, 0.05).run(4000)
+    begun = [n for n in simulation.plain_steps if n > 50]
+    gaps = [b - a for a, b in zip(begun, begun[1:], strict=False)]
+    assert simulation.ratio < 0.75
+    assert 8 < max(gaps) < seldom
 
 
 @pytest.mark.parametrize(("longest", "lengths"), [(16, LENGTHS), (3, (1, 2, 3)), (1, (1,))])
