@@ -47,6 +47,7 @@ class Costs:
 
     Attributes:
         accepted, tried: drafted tokens by kind, the latest with the most weight.
+        owed: plain steps that rounds have lost, in all texts, beyond what they may.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class Costs:
         self._warm: set[tuple[str, int]] = set()
         self.accepted: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
         self.tried: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
+        self.owed = 0.0
         self._added = 0
         self._lines: dict[str, list[tuple[int, float]]] = {}
 
@@ -135,7 +137,8 @@ class Pace:
     length that promises most tokens a second is taken, if that is more than plain steps give.
     Where nothing promises anything a round is tried now and then. All of it keeps accounts: what
     rounds have lost, all in all, against plain steps, must stay within `ALLOWANCE` (or `RISK`)
-    plain steps and the share `SLACK` of the time, else no round is made. Plain steps are measured
+    plain steps and the share `SLACK` of the time, else no round is made. Rounds that promise
+    nothing have to make good what was lost in earlier texts, too. Plain steps are measured
     between rounds: a machine's speed changes, and the less is gained the sooner that turns it.
     """
 
@@ -145,6 +148,7 @@ class Pace:
         self._promised: dict[Kind, list[tuple[int, float, float]]] = {}
         self._outdated = 0.0
         self._lost = 0.0  # plain steps' worth of time
+        self._owed = self.costs.owed  # from before this text
         self._tokens = 0.0
         self._since_probe = 0
         self._gain = 1.0  # what the latest draft promised
@@ -166,7 +170,7 @@ class Pace:
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
         for kind in kinds:
             for n, steps, gain in self._promises(kind):
-                allowed = left + (RISK if gain > WORTHWHILE else ALLOWANCE)
+                allowed = left + (RISK if gain > WORTHWHILE else ALLOWANCE - self._owed)
                 # At worst it gives one token.
                 if gain > most and n <= longest and steps - 1 <= allowed:
                     best, most = (kind, n), gain
@@ -203,6 +207,7 @@ class Pace:
         elif (plain := self.costs.plain) and (waiting := self.costs.waiting):
             self._lost += max(waiting / plain - 1, 0.0)
         self._tokens += 1
+        self._settle()
         self._since_probe += 1
 
     def round(self, kind: Kind, length: int, accepted: int, seconds: float) -> None:
@@ -223,3 +228,7 @@ class Pace:
             spent = min(seconds, 4 * self.costs.round(kind, length))
             lost = spent / plain - (accepted + 1)
             self._lost = max(self._lost + lost, -CREDIT)
+        self._settle()
+
+    def _settle(self) -> None:
+        self.costs.owed = max(self._owed + self._lost - SLACK * self._tokens, 0.0)

@@ -50,6 +50,18 @@ def test_a_figure_is_measured_in_turns() -> None:
     assert "acceptance" in found.note
 
 
+def test_the_slowest_passage_is_not_measured_by_the_trials_that_chose_it() -> None:
+    steady = [(1.0, 1.0)] * 6
+    unlucky = [(0.5, 1.0), (1.1, 1.0)] * 3
+    assert speed.slowest_of([steady, unlucky, steady]) == [(1.1, 1.0)] * 3
+    assert speed.slowest_of([[(2.0, 1.0)], [(1.0, 1.0)]]) == [(1.0, 1.0)]
+
+
+def test_two_rows_whose_names_begin_alike_are_told_apart() -> None:
+    chosen = [f for f in FIGURES if "prefill 512, 270M, float32, against torch" in str(f)]
+    assert [figure.against for figure in chosen] == ["torch"]
+
+
 def test_a_peer_that_fails_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "is_installed", lambda peer: peer != "mlx-lm")
     [found] = speed.measure(FIGURES[0], 1)
