@@ -268,7 +268,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--only", metavar="WORDS", default="", help="only rows with WORDS in 'NAME, against PEER'"
     )
-    p.add_argument("--trials", type=int, metavar="N", help="of every row (default: 3 to 7)")
+    p.add_argument("--trials", type=int, metavar="N", help="of every row (default: 2 to 30)")
     p.add_argument("-o", "--output", type=Path, metavar="OUT", help="write speed.json and .md here")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Policy:
         compiled: steps are compiled.
         fused_by_jit: they are only when the kernels that this needs are there (`jit`).
         prefill_step: tokens of a prompt that one step takes.
+        prefill_streams: how many such steps run side by side, each on a stream of its own.
         memory: bytes that quantized weights may take when they are dequantized once, at load;
             0: they are multiplied as they are.
     """
@@ -35,6 +37,7 @@ class Policy:
     compiled: bool = True
     fused_by_jit: bool = False
     prefill_step: int = 512
+    prefill_streams: int = 1
     memory: int = 0
 
     def dequantize(self, config: OpenELMConfig) -> bool:
@@ -77,8 +80,24 @@ def policy() -> Policy:
         fast_kernels=False,
         fused_by_jit=True,
         prefill_step=256,
+        prefill_streams=2 if blas.side_by_side else 1,
         memory=_available_memory() // 2,
     )
+
+
+def streams(count: int) -> list[mx.Stream | mx.ThreadLocalStream]:
+    """Streams of MLX's default device, the default one first, then ones that are made once.
+
+    What is computed on one of them doesn't wait for what is on another.
+    """
+    default = mx.default_device()
+    further = _further_streams(default.type, count - 1)
+    return [mx.default_stream(default), *further]
+
+
+@functools.cache
+def _further_streams(kind: mx.DeviceType, count: int) -> list[mx.ThreadLocalStream]:
+    return [mx.new_thread_local_stream(kind) for _ in range(count)]
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -71,14 +71,17 @@ INLINE four sums(vec a, vec b, vec c, vec d) {
 
 /* ---- One product -------------------------------------------------------------------------- */
 
-/* C = alpha A B + beta C, all row-major: A [M, K], B [K, N] or, transposed, [N, K], C [M, N]. */
+enum { ROW_MAJOR = 101, COLUMN_MAJOR = 102, NO_TRANS = 111 };
+
+/* C = alpha A B + beta C, all row-major: A [M, K], B [K, N], either as its transpose, C [M, N]. */
 typedef struct {
   ptrdiff_t M, N, K, lda, ldb, ldc;
   float alpha, beta;
   const float *A, *B;
   float *C;
-  int transposed;
-  ptrdiff_t columns; /* of C in one chunk */
+  int trans_a, trans_b;
+  int passed_on;           /* to the BLAS that follows */
+  ptrdiff_t rows, columns; /* of C in one chunk */
 } product;
 
 /* What `beta` says to do with what was in C, which is not read for 0. */
@@ -232,44 +235,58 @@ SIMD static void chunk_plain(const product *p, ptrdiff_t start, ptrdiff_t end) {
   if (m < p->M) strip(p, 1, 8, m, start, end);
 }
 
+static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n);
+
+/* Chunks are numbered by rows, then by columns. */
 static void chunk(const product *p, ptrdiff_t index) {
-  ptrdiff_t start = index * p->columns, end = start + p->columns;
-  if (end > p->N) end = p->N;
-  (p->transposed ? chunk_transposed : chunk_plain)(p, start, end);
+  const ptrdiff_t across = (p->N + p->columns - 1) / p->columns;
+  const ptrdiff_t start = index % across * p->columns;
+  const ptrdiff_t end = start + p->columns < p->N ? start + p->columns : p->N;
+  if (p->passed_on)
+    pass_on(p, index / across * p->rows, start);
+  else
+    (p->trans_b == NO_TRANS ? chunk_plain : chunk_transposed)(p, start, end);
 }
 
 /* ---- Threads ------------------------------------------------------------------------------ */
 
-/* Workers take chunks from a common counter, and so does the caller: one that wakes late, or loses
-   its core to somebody else, holds up nobody for longer than one chunk. */
+/* Workers take a product's chunks from a common counter, and so does the caller: one that wakes
+   late, or loses its core to somebody else, holds up nobody for longer than one chunk. MLX calls
+   from as many threads as it has streams: each has a core then, and workers have the others. */
 
 #define MOST_THREADS 64
+#define MOST_CALLERS 4 /* who get help */
 #define SMALL 50000 /* a matrix of so many values isn't worth a second thread */
 #define CHUNK 32768 /* values of B in a chunk, about */
+#define SHARED 2000000 /* products of values that are worth passing on in parts */
+#define PARTS 2 /* for each thread */
+#define PART 64 /* rows or columns of a part, a multiple of that */
 #define SPIN 50000 /* nanoseconds that an idle worker looks for the next product before it sleeps */
 
 static int most_threads = 1;
 
-static struct {
-  pthread_mutex_t owner;  /* held by the caller whose product it is */
-  pthread_mutex_t lock;   /* for going to sleep */
-  pthread_cond_t work;
-  int workers, asked;
-  atomic_int sleeping;
-  atomic_ptrdiff_t left, done; /* chunks not yet taken; chunks finished */
+typedef struct {
+  atomic_flag taken;           /* by a caller */
+  atomic_ptrdiff_t left, done; /* chunks not yet begun; chunks finished */
   product product;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
-          .lock = PTHREAD_MUTEX_INITIALIZER,
-          .work = PTHREAD_COND_INITIALIZER};
+} job;
 
-/* Computes a chunk if one is left. The product can't change under it: its owner waits for `done`. */
-static int take(void) {
-  ptrdiff_t left = atomic_load(&pool.left);
+static struct {
+  pthread_mutex_t lock; /* for starting threads, and for going to sleep */
+  pthread_cond_t work;
+  int workers;
+  atomic_int sleeping, callers;
+  job jobs[MOST_CALLERS];
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
+
+/* Computes a chunk if one is left. The product can't change under it: its caller waits for `done`. */
+static int take(job *j) {
+  ptrdiff_t left = atomic_load(&j->left);
   do {
     if (left <= 0) return 0;
-  } while (!atomic_compare_exchange_weak(&pool.left, &left, left - 1));
-  chunk(&pool.product, left - 1);
-  atomic_fetch_add(&pool.done, 1);
+  } while (!atomic_compare_exchange_weak(&j->left, &left, left - 1));
+  chunk(&j->product, left - 1);
+  atomic_fetch_add(&j->done, 1);
   return 1;
 }
 
@@ -288,71 +305,99 @@ static int64_t now(void) {
   return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-static void *work(void *unused) {
-  (void)unused;
+/* The product that the worker of this number, from 1 on, can help with, if there is a core for it. */
+static job *wanting(intptr_t worker) {
+  if (worker + atomic_load(&pool.callers) > most_threads) return NULL;
+  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++)
+    if (atomic_load(&j->left) > 0) return j;
+  return NULL;
+}
+
+static void *work(void *number) {
+  const intptr_t worker = (intptr_t)number;
   for (;;) {
-    while (take()) {
+    job *j = wanting(worker);
+    for (int64_t end = now() + SPIN; !j && now() < end; j = wanting(worker)) sched_yield();
+    if (!j) {
+      pthread_mutex_lock(&pool.lock);
+      atomic_fetch_add(&pool.sleeping, 1);
+      while (!(j = wanting(worker))) pthread_cond_wait(&pool.work, &pool.lock);
+      atomic_fetch_sub(&pool.sleeping, 1);
+      pthread_mutex_unlock(&pool.lock);
     }
-    for (int64_t end = now() + SPIN; atomic_load(&pool.left) <= 0 && now() < end;) sched_yield();
-    if (atomic_load(&pool.left) > 0) continue;
-    pthread_mutex_lock(&pool.lock);
-    atomic_fetch_add(&pool.sleeping, 1);
-    while (atomic_load(&pool.left) <= 0) pthread_cond_wait(&pool.work, &pool.lock);
-    atomic_fetch_sub(&pool.sleeping, 1);
-    pthread_mutex_unlock(&pool.lock);
+    take(j);
   }
   return NULL;
 }
 
+static void wake(void) {
+  if (!atomic_load(&pool.sleeping)) return;
+  pthread_mutex_lock(&pool.lock);
+  pthread_cond_broadcast(&pool.work);
+  pthread_mutex_unlock(&pool.lock);
+}
+
 /* A forked child has none of its parent's threads, and what they held is not free. */
 static void forked(void) {
-  pthread_mutex_init(&pool.owner, NULL);
   pthread_mutex_init(&pool.lock, NULL);
   pthread_cond_init(&pool.work, NULL);
   pool.workers = 0;
   atomic_store(&pool.sleeping, 0);
-  atomic_store(&pool.left, 0);
+  atomic_store(&pool.callers, 0);
+  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++) {
+    atomic_flag_clear(&j->taken);
+    atomic_store(&j->left, 0);
+  }
 }
 
 static void start_workers(int count) {
-  static atomic_flag registered = ATOMIC_FLAG_INIT;
-  if (!atomic_flag_test_and_set(&registered)) pthread_atfork(NULL, NULL, forked);
+  static int registered = 0;
+  pthread_mutex_lock(&pool.lock);
+  if (!registered) registered = !pthread_atfork(NULL, NULL, forked);
   for (; pool.workers < count; pool.workers++) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, work, NULL)) break;
+    if (pthread_create(&thread, NULL, work, (void *)(intptr_t)(pool.workers + 1))) break;
     pthread_detach(thread);
   }
+  pthread_mutex_unlock(&pool.lock);
 }
 
-static void run(product *p, ptrdiff_t chunks) {
-  int threads = most_threads < MOST_THREADS ? most_threads : MOST_THREADS;
-  if (chunks < 2 || threads < 2 || pthread_mutex_trylock(&pool.owner)) {
-    for (ptrdiff_t i = 0; i < chunks; i++) chunk(p, i);
-    return;
+static job *free_job(void) {
+  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++)
+    if (!atomic_flag_test_and_set(&j->taken)) return j;
+  return NULL;
+}
+
+static void run(product *p) {
+  const int threads = most_threads < MOST_THREADS ? most_threads : MOST_THREADS;
+  const ptrdiff_t across = (p->N + p->columns - 1) / p->columns;
+  const ptrdiff_t chunks = (p->M + p->rows - 1) / p->rows * across;
+  const int callers = atomic_fetch_add(&pool.callers, 1) + 1;
+  job *j = chunks > 1 && threads > 1 ? free_job() : NULL;
+  if (!j) {
+    p->rows = p->M, p->columns = p->N;
+    chunk(p, 0);
+  } else {
+    if (pool.workers < threads - 1) start_workers(threads - 1);
+    j->product = *p;
+    atomic_store(&j->done, 0);
+    atomic_store(&j->left, chunks);
+    if (callers < threads) wake();
+    while (take(j)) {
+    }
+    for (int i = 0; atomic_load(&j->done) < chunks; i++) {
+      if (i < 1000)
+        pause_briefly();
+      else
+        sched_yield();
+    }
+    atomic_flag_clear(&j->taken);
   }
-  start_workers(threads - 1);
-  pool.product = *p;
-  atomic_store(&pool.done, 0);
-  atomic_store(&pool.left, chunks);
-  if (atomic_load(&pool.sleeping)) {
-    pthread_mutex_lock(&pool.lock);
-    pthread_cond_broadcast(&pool.work);
-    pthread_mutex_unlock(&pool.lock);
-  }
-  while (take()) {
-  }
-  for (int i = 0; atomic_load(&pool.done) < chunks; i++) {
-    if (i < 1000)
-      pause_briefly();
-    else
-      sched_yield();
-  }
-  pthread_mutex_unlock(&pool.owner);
+  atomic_fetch_sub(&pool.callers, 1);
+  if (callers > 1) wake(); /* there is a core for the products of the others */
 }
 
 /* ---- The function of CBLAS ---------------------------------------------------------------- */
-
-enum { ROW_MAJOR = 101, COLUMN_MAJOR = 102, NO_TRANS = 111 };
 
 typedef void sgemm(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,
                    const float *A, int lda, const float *B, int ldb, float beta, float *C, int ldc);
@@ -372,6 +417,19 @@ static void plain(int order, int trans_a, int trans_b, int M, int N, int K, floa
 }
 
 static sgemm *next = plain; /* who takes what is not for this kernel */
+static int shares;          /* whether `next` uses one thread, so that workers can help */
+static int (*one_thread)(int); /* sets the threads that `next` uses for this caller, if it can */
+
+static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n) {
+  const ptrdiff_t M = p->M - m < p->rows ? p->M - m : p->rows;
+  const ptrdiff_t N = p->N - n < p->columns ? p->N - n : p->columns;
+  const float *A = p->A + m * (p->trans_a == NO_TRANS ? p->lda : 1);
+  const float *B = p->B + n * (p->trans_b == NO_TRANS ? 1 : p->ldb);
+  const int before = one_thread ? one_thread(1) : 0;
+  next(ROW_MAJOR, p->trans_a, p->trans_b, (int)M, (int)N, (int)p->K, p->alpha, A, (int)p->lda, B,
+       (int)p->ldb, p->beta, p->C + m * p->ldc + n, (int)p->ldc);
+  if (one_thread) one_thread(before);
+}
 
 /* The largest products that are: in rows of A, and in columns of a B that isn't transposed, as that
    is read in strips, which is slow in memory. Measured: docs/performance.md. */
@@ -395,22 +453,38 @@ EXPORT int sgemm_set(sgemm *following, int rows, int columns, int threads) {
   return supported();
 }
 
+/* From now on the BLAS that follows computes every call with one thread, and workers share what is
+   passed on to it. `one_thread`, if not NULL, is what makes it so for the thread that calls. */
+EXPORT void sgemm_share(int (*setting)(int)) {
+  shares = 1;
+  one_thread = setting;
+}
+
 static void by_rows(int trans_a, int trans_b, int M, int N, int K, float alpha, const float *A,
                     int lda, const float *B, int ldb, float beta, float *C, int ldc) {
   if (M == 1 && lda == 1) trans_a = NO_TRANS; /* a row is a row */
+  if (M <= 0 || N <= 0) return;
+  product p = {M, N, K, lda, ldb, ldc, alpha, beta, A, B, C, trans_a, trans_b, 0, M, N};
   if (trans_a != NO_TRANS || M > most_rows ||
       (trans_b == NO_TRANS && M > 1 && N > most_columns) || !supported()) {
-    next(ROW_MAJOR, trans_a, trans_b, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
-    return;
+    if (!shares) {
+      next(ROW_MAJOR, trans_a, trans_b, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+      return;
+    }
+    p.passed_on = 1;
+    if (p.M * p.N * p.K > SHARED) {
+      ptrdiff_t *side = M > N ? &p.rows : &p.columns;
+      const int parts = PARTS * most_threads;
+      *side = ((*side + parts - 1) / parts + PART - 1) / PART * PART;
+    }
+  } else {
+    if (alpha == 0 || K <= 0) p.alpha = 0, p.K = 0; /* A and B are not looked at */
+    if (p.N * p.K * (1 + p.M / 4) > SMALL) {
+      const ptrdiff_t multiple = trans_b != NO_TRANS ? 4 : M == 1 ? 8 * LANES : 4 * LANES;
+      p.columns = (CHUNK / p.K / multiple + 1) * multiple;
+    }
   }
-  if (M <= 0 || N <= 0) return;
-  if (alpha == 0 || K <= 0) alpha = 0, K = 0; /* A and B are not looked at */
-  product p = {M, N, K, lda, ldb, ldc, alpha, beta, A, B, C, trans_b != NO_TRANS, N};
-  if (p.N * p.K * (1 + p.M / 4) > SMALL) {
-    const ptrdiff_t multiple = p.transposed ? 4 : p.M == 1 ? 8 * LANES : 4 * LANES;
-    p.columns = (CHUNK / p.K / multiple + 1) * multiple;
-  }
-  run(&p, (p.N + p.columns - 1) / p.columns);
+  run(&p);
 }
 
 EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,

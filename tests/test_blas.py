@@ -131,6 +131,8 @@ class Kernel:
         self._sgemm.argtypes, self._sgemm.restype = signature, None
         self._following = ctypes.CFUNCTYPE(None, *signature)
 
+    one_thread: Any = None
+
     def set(self, rows: int = 16, columns: int = 128, threads: int = 1) -> None:
         self.library.sgemm_set(None, rows, columns, threads)
 
@@ -348,6 +350,77 @@ def test_other_products_are_passed_on(
     assert calls == ([tuple(expected)] if passed_on else [])
 
 
+@pytest.fixture
+def sharing(kernel: Kernel, tmp_path: Path) -> tuple[Kernel, list[int]]:
+    """A kernel whose threads share what is passed on, to its own plain product; and the numbers of
+    threads that this was told to use."""
+    shared = fresh(Path(kernel.library._name), tmp_path)
+    told: list[int] = []
+
+    def one_thread(threads: int) -> int:
+        told.append(threads)
+        return 7
+
+    shared.one_thread = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(one_thread)  # kept alive
+    shared.library.sgemm_share(shared.one_thread)
+    return shared, told
+
+
+@pytest.mark.parametrize("trans_a", [TRANS, NO_TRANS])
+@pytest.mark.parametrize("trans_b", [TRANS, NO_TRANS])
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner", "parts"),
+    [(150, 301, 60, 5), (301, 150, 60, 5), (20, 2000, 60, 6), (70, 70, 70, 1), (129, 0, 5, 0)],
+)
+def test_what_is_passed_on_is_shared_by_the_longer_side(
+    sharing: tuple[Kernel, list[int]],
+    trans_a: int,
+    trans_b: int,
+    rows: int,
+    columns: int,
+    inner: int,
+    parts: int,
+) -> None:
+    kernel, told = sharing
+    kernel.set(threads=3)
+    rng = np.random.default_rng(0)
+    # Wider than they need be
+    a = rng.standard_normal(
+        (inner, rows + 3) if trans_a == TRANS else (rows, inner + 3), np.float32
+    )
+    b = rng.standard_normal(
+        (columns, inner + 5) if trans_b == TRANS else (inner, columns + 5), np.float32
+    )
+    c = rng.standard_normal((rows, columns + 2), np.float32)
+    left = a[:, :rows].T if trans_a == TRANS else a[:, :inner]
+    right = b[:, :inner].T if trans_b == TRANS else b[:, :columns]
+    expected = c.astype(np.float64)
+    product = left.astype(np.float64) @ right.astype(np.float64)
+    expected[:, :columns] = 0.5 * product + 2 * expected[:, :columns]
+    kernel(ROW_MAJOR, trans_a, trans_b, rows, columns, inner, 0.5, a, a.shape[1], b, b.shape[1],
+           2.0, c, columns + 2)  # fmt: skip
+    np.testing.assert_allclose(c, expected, atol=1e-4)
+    assert told.count(1) == told.count(7) == parts  # one thread each, and what it was before
+
+
+def test_callers_at_the_same_time_get_help_in_turns(sharing: tuple[Kernel, list[int]]) -> None:
+    kernel, _ = sharing
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((140, 80), (300, 80)))
+    expected = a @ b.T
+
+    def product(_: int) -> bool:
+        c = np.empty((140, 300), np.float32)
+        kernel(ROW_MAJOR, NO_TRANS, TRANS, 140, 300, 80, 1.0, a, 80, b, 80, 0.0, c, 300)
+        return np.allclose(c, expected, atol=1e-3)
+
+    for threads in (1, 2, 3, 9):
+        kernel.set(threads=threads)
+        for callers in (1, 2, 6):  # more than there are jobs
+            with ThreadPoolExecutor(callers) as pool:
+                assert all(pool.map(product, range(40)))
+
+
 def test_before_there_is_a_next_it_computes_everything(kernel: Kernel, tmp_path: Path) -> None:
     alone = fresh(Path(kernel.library._name), tmp_path)
     rng = np.random.default_rng(0)
@@ -366,6 +439,20 @@ def test_threads_are_as_many_as_openmp_is_told(
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     if sys.platform == "linux":
         assert blas._threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_openblas_leaves_the_threads_to_the_kernel(openblas: str) -> None:
+    """Else a prompt's two streams would wait for each other at every product."""
+    if blas.KERNEL is None or "openblas" not in openblas:
+        pytest.skip("the kernel isn't built, or it's not OpenBLAS")
+    code = "import ctypes, mlx_openelm as m; print(m.blas.side_by_side, "
+    code += f"ctypes.CDLL({openblas!r}).openblas_get_num_threads())"
+    for threads, streams in [("2", True), ("1", False)]:
+        result = python(code, MLX_OPENELM_BLAS="", OMP_NUM_THREADS=threads)
+        assert result.stdout.split() == [str(streams), "1"]
+    own = python("import mlx_openelm as m; print(m.blas.side_by_side)", MLX_OPENELM_BLAS="own",
+                 OMP_NUM_THREADS="2")  # fmt: skip
+    assert own.stdout.strip() == "True"
 
 
 def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:
