@@ -1,7 +1,8 @@
-"""operator new and delete for MLX's CPU backend on Linux (allocator.cpp).
+"""Memory for MLX's CPU backend on Linux: operator new and delete (allocator.cpp), malloc's limits.
 
-They go before the C++ library's own in whatever is loaded afterwards, as the standard allows a
-program to replace them. That can't harm code that doesn't see them: every block is one of malloc's.
+The operators go before the C++ library's own in whatever is loaded afterwards, as the standard
+allows a program to replace them. That can't harm code that doesn't see them: every block is one of
+malloc's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ VARIABLE = "MLX_OPENELM_ALLOCATOR"  # "0": leave the C++ library's
 # Not there if no compiler was at installation
 LIBRARY = next(Path(__file__).parent.glob("_allocator.*so"), None)
 
+# glibc's parameters (mallopt(3)). By default it returns memory to the system whenever some ten
+# megabytes are free, and MLX's buffers come and go at every step.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT = 128 << 20  # bytes that may be free
+LARGEST = 32 << 20  # bytes of a buffer that can be kept: the most that glibc allows
+
 in_use = False
 """Whether MLX allocates its objects with it."""
 
@@ -26,6 +33,13 @@ def load() -> None:
     if LIBRARY is not None and wanted and not in_use:
         library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
         in_use = _new(library).value == _new(ctypes.CDLL(None)).value  # else one is preloaded
+        _keep_what_is_free(ctypes.CDLL(None))
+
+
+def _keep_what_is_free(libc: ctypes.CDLL) -> None:
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def _new(library: ctypes.CDLL) -> ctypes.c_void_p:

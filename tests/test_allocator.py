@@ -178,6 +178,22 @@ def test_mlx_allocates_with_it_unless_told_otherwise() -> None:
     assert any("libmlx.so" in line and "to " + str(allocator.LIBRARY) in line for line in bindings)
 
 
+def test_buffers_that_come_again_need_no_new_pages() -> None:
+    code = """
+import resource, mlx_openelm, mlx.core as mx
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    mx.eval([mx.zeros(7_000_000) + i for i in range(4)])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = 4 * 28_000_000 // os.sysconf("SC_PAGE_SIZE")
+    first, *_, last = map(int, python(code).stdout.split())
+    assert first > pages * 0.9
+    assert last < pages * 0.1
+    for environment in ({"MLX_OPENELM_ALLOCATOR": "0"}, {"MALLOC_TRIM_THRESHOLD_": "1000000"}):
+        assert int(python(code, **environment).stdout.split()[-1]) > pages * 0.2
+
+
 @pytest.mark.parametrize("first", ["numpy", "torch", "mlx.core", "sentencepiece"])
 def test_it_gets_on_with_what_was_loaded_before(first: str) -> None:
     pytest.importorskip(first.split(".")[0])
