@@ -98,16 +98,27 @@ def _load_kernel(name: str | None) -> bool:
 def _one_thread(kernel: ctypes.CDLL, library: ctypes.CDLL) -> bool:
     """Let the kernel's threads, not its own, share what the BLAS computes, if it can be told so.
 
-    With its own, it lets no other caller compute at the same time.
+    With its own, it lets no other caller compute at the same time. An OpenBLAS that was built
+    without threads may even be wrong when called by several.
     """
-    if hasattr(library, "openblas_set_num_threads"):
-        library.openblas_set_num_threads(1)
-        kernel.sgemm_share(None)
-        return True
-    if hasattr(library, "MKL_Set_Num_Threads_Local"):
-        kernel.sgemm_share(ctypes.cast(library.MKL_Set_Num_Threads_Local, ctypes.c_void_p))
-        return True
-    return False
+    setting = None
+    if hasattr(library, "openblas_get_parallel"):
+        kind = library.openblas_get_parallel()
+        if kind == _PTHREADS:
+            library.openblas_set_num_threads(1)
+        elif kind == _OPENMP:
+            setting = library.omp_set_num_threads
+        else:
+            return False
+    elif hasattr(library, "MKL_Set_Num_Threads_Local"):
+        setting = library.MKL_Set_Num_Threads_Local
+    else:
+        return False
+    kernel.sgemm_share(setting and ctypes.cast(setting, ctypes.c_void_p))
+    return True
+
+
+_PTHREADS, _OPENMP = 1, 2  # what openblas_get_parallel returns
 
 
 def _sgemm(library: ctypes.CDLL) -> ctypes.c_void_p:

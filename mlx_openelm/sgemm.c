@@ -418,17 +418,16 @@ static void plain(int order, int trans_a, int trans_b, int M, int N, int K, floa
 
 static sgemm *next = plain; /* who takes what is not for this kernel */
 static int shares;          /* whether `next` uses one thread, so that workers can help */
-static int (*one_thread)(int); /* sets the threads that `next` uses for this caller, if it can */
+static void (*set_threads)(int); /* how many `next` uses when this thread calls; if need be */
 
 static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n) {
   const ptrdiff_t M = p->M - m < p->rows ? p->M - m : p->rows;
   const ptrdiff_t N = p->N - n < p->columns ? p->N - n : p->columns;
   const float *A = p->A + m * (p->trans_a == NO_TRANS ? p->lda : 1);
   const float *B = p->B + n * (p->trans_b == NO_TRANS ? 1 : p->ldb);
-  const int before = one_thread ? one_thread(1) : 0;
+  if (set_threads) set_threads(1);
   next(ROW_MAJOR, p->trans_a, p->trans_b, (int)M, (int)N, (int)p->K, p->alpha, A, (int)p->lda, B,
        (int)p->ldb, p->beta, p->C + m * p->ldc + n, (int)p->ldc);
-  if (one_thread) one_thread(before);
 }
 
 /* The largest products that are: in rows of A, and in columns of a B that isn't transposed, as that
@@ -454,10 +453,10 @@ EXPORT int sgemm_set(sgemm *following, int rows, int columns, int threads) {
 }
 
 /* From now on the BLAS that follows computes every call with one thread, and workers share what is
-   passed on to it. `one_thread`, if not NULL, is what makes it so for the thread that calls. */
-EXPORT void sgemm_share(int (*setting)(int)) {
+   passed on to it. `setting`, if not NULL, is what tells it so, on every thread that calls. */
+EXPORT void sgemm_share(void (*setting)(int)) {
   shares = 1;
-  one_thread = setting;
+  set_threads = setting;
 }
 
 static void by_rows(int trans_a, int trans_b, int M, int N, int K, float alpha, const float *A,

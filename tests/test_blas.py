@@ -131,7 +131,7 @@ class Kernel:
         self._sgemm.argtypes, self._sgemm.restype = signature, None
         self._following = ctypes.CFUNCTYPE(None, *signature)
 
-    one_thread: Any = None
+    set_threads: Any = None
 
     def set(self, rows: int = 16, columns: int = 128, threads: int = 1) -> None:
         self.library.sgemm_set(None, rows, columns, threads)
@@ -357,12 +357,8 @@ def sharing(kernel: Kernel, tmp_path: Path) -> tuple[Kernel, list[int]]:
     shared = fresh(Path(kernel.library._name), tmp_path)
     told: list[int] = []
 
-    def one_thread(threads: int) -> int:
-        told.append(threads)
-        return 7
-
-    shared.one_thread = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(one_thread)  # kept alive
-    shared.library.sgemm_share(shared.one_thread)
+    shared.set_threads = ctypes.CFUNCTYPE(None, ctypes.c_int)(told.append)  # kept alive
+    shared.library.sgemm_share(shared.set_threads)
     return shared, told
 
 
@@ -400,7 +396,7 @@ def test_what_is_passed_on_is_shared_by_the_longer_side(
     kernel(ROW_MAJOR, trans_a, trans_b, rows, columns, inner, 0.5, a, a.shape[1], b, b.shape[1],
            2.0, c, columns + 2)  # fmt: skip
     np.testing.assert_allclose(c, expected, atol=1e-4)
-    assert told.count(1) == told.count(7) == parts  # one thread each, and what it was before
+    assert told == [1] * parts
 
 
 def test_callers_at_the_same_time_get_help_in_turns(sharing: tuple[Kernel, list[int]]) -> None:
@@ -453,6 +449,28 @@ def test_openblas_leaves_the_threads_to_the_kernel(openblas: str) -> None:
     own = python("import mlx_openelm as m; print(m.blas.side_by_side)", MLX_OPENELM_BLAS="own",
                  OMP_NUM_THREADS="2")  # fmt: skip
     assert own.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("functions", "side_by_side"),
+    [
+        ("int openblas_get_parallel(void) { return 0; }", False),  # perhaps not safe to share
+        ("int openblas_get_parallel(void) { return 2; } void omp_set_num_threads(int n) {}", True),
+        ("int MKL_Set_Num_Threads_Local(int n) { return 4; }", True),
+        ("", False),
+    ],
+)
+def test_a_blas_that_keeps_its_threads_is_called_by_one_at_a_time(
+    tmp_path: Path, functions: str, side_by_side: bool
+) -> None:
+    if blas.KERNEL is None or not shutil.which("cc"):
+        pytest.skip("the kernel isn't built, or no compiler")
+    source, library = tmp_path / "some.c", tmp_path / "some.so"
+    source.write_text("void cblas_sgemm(void) {}\n" + functions)
+    subprocess.run(["cc", "-w", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
+    code = "import mlx_openelm as m; print(m.blas.in_use, m.blas.side_by_side)"
+    result = python(code, MLX_OPENELM_BLAS=str(library), OMP_NUM_THREADS="2")
+    assert result.stdout.strip() == f"some.so, few rows: own kernel {side_by_side}"
 
 
 def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:
