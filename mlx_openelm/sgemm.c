@@ -263,7 +263,7 @@ static void chunk(const product *p, ptrdiff_t index) {
 #define PART 64 /* rows or columns of a part, a multiple of that */
 #define SPIN 50000 /* nanoseconds that an idle worker looks for the next product before it sleeps */
 
-static int most_threads = 1;
+static atomic_int most_threads = 1; /* workers may exist already when it is set */
 
 typedef struct {
   atomic_flag taken;           /* by a caller */
@@ -274,8 +274,7 @@ typedef struct {
 static struct {
   pthread_mutex_t lock; /* for starting threads, and for going to sleep */
   pthread_cond_t work;
-  int workers;
-  atomic_int sleeping, callers;
+  atomic_int workers, sleeping, callers;
   job jobs[MOST_CALLERS];
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
 
@@ -341,7 +340,7 @@ static void wake(void) {
 static void forked(void) {
   pthread_mutex_init(&pool.lock, NULL);
   pthread_cond_init(&pool.work, NULL);
-  pool.workers = 0;
+  atomic_store(&pool.workers, 0);
   atomic_store(&pool.sleeping, 0);
   atomic_store(&pool.callers, 0);
   for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++) {
@@ -354,10 +353,11 @@ static void start_workers(int count) {
   static int registered = 0;
   pthread_mutex_lock(&pool.lock);
   if (!registered) registered = !pthread_atfork(NULL, NULL, forked);
-  for (; pool.workers < count; pool.workers++) {
+  for (intptr_t n = atomic_load(&pool.workers) + 1; n <= count; n++) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, work, (void *)(intptr_t)(pool.workers + 1))) break;
+    if (pthread_create(&thread, NULL, work, (void *)n)) break;
     pthread_detach(thread);
+    atomic_store(&pool.workers, (int)n);
   }
   pthread_mutex_unlock(&pool.lock);
 }
@@ -378,7 +378,7 @@ static void run(product *p) {
     p->rows = p->M, p->columns = p->N;
     chunk(p, 0);
   } else {
-    if (pool.workers < threads - 1) start_workers(threads - 1);
+    if (atomic_load(&pool.workers) < threads - 1) start_workers(threads - 1);
     j->product = *p;
     atomic_store(&j->done, 0);
     atomic_store(&j->left, chunks);
@@ -393,8 +393,8 @@ static void run(product *p) {
     }
     atomic_flag_clear(&j->taken);
   }
-  atomic_fetch_sub(&pool.callers, 1);
-  if (callers > 1) wake(); /* there is a core for the products of the others */
+  /* There is a core now for the products of the others */
+  if (atomic_fetch_sub(&pool.callers, 1) > 1) wake();
 }
 
 /* ---- The function of CBLAS ---------------------------------------------------------------- */
