@@ -14,6 +14,8 @@ from . import allocator, blas, jit
 from .config import OpenELMConfig
 from .shapes import tensor_shapes
 
+COMPILE_AFTER = 2  # a length that has come twice will come again
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -24,6 +26,7 @@ class Policy:
         dtype: what to compute in; None: in what the weights are stored in.
         fast_kernels: MLX's fast kernels (`network`), or elementwise operations (`elementwise`).
         compiled: steps are compiled.
+        compile_after: how many short steps of a length aren't: tracing takes longer than they do.
         fused_by_jit: they are only when the kernels that this needs are there (`jit`).
         prefill_step: tokens of a prompt that one step takes.
         prefill_streams: how many such steps run side by side, each on a stream of its own.
@@ -35,6 +38,7 @@ class Policy:
     dtype: mx.Dtype | None = None
     fast_kernels: bool = True
     compiled: bool = True
+    compile_after: int = 0
     fused_by_jit: bool = False
     prefill_step: int = 512
     prefill_streams: int = 1
@@ -73,11 +77,12 @@ def policy() -> Policy:
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         info = mx.device_info()
-        return Policy(str(info.get("device_name", "GPU")))
+        return Policy(str(info.get("device_name", "GPU")), compile_after=COMPILE_AFTER)
     return Policy(
         f"CPU, BLAS: {blas.in_use or 'that of MLX'}{', own allocator' if allocator.in_use else ''}",
         mx.float32,
         fast_kernels=False,
+        compile_after=COMPILE_AFTER,
         fused_by_jit=True,
         prefill_step=256,
         prefill_streams=2 if blas.side_by_side else 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from .weights import dequantize, make_weights, named, random_arrays
 # Lengths that a compiled step is made for; in between, tokens are padded. Of short ones there are
 # many, since verifying k drafted tokens is a step of k + 1.
 LENGTHS = (1, 2, 3, 5, 9, 17, 32, 64, 96, 128, 192, 256, 384, 512)
+
+SHORT = 64  # tokens of a step that takes less time than tracing it
 
 
 class OpenELM:
@@ -52,6 +55,7 @@ class OpenELM:
             self.weights = dequantize(self.weights, dtype)
         self.traces = 0  # how often a step has been built: compiled ones are built once a shape
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
+        self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
         self._kernels_ready = self._kernels_wanted = False
 
     def __call__(
@@ -78,6 +82,9 @@ class OpenELM:
         compiled = self._is_compiled(cache, length)
         if compiled and cache.ring is None:
             padded = next((n for n in LENGTHS if n >= length), length)
+            if 1 < padded <= SHORT and self._short_steps[padded] < self.policy.compile_after:
+                self._short_steps[padded] += 1
+                padded, compiled = length, False
         cache.reserve(batch, length, padded)
         if padded > length:
             tokens = mx.pad(tokens, [(0, 0), (0, padded - length)])

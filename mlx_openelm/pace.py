@@ -15,6 +15,7 @@ WORTHWHILE = 1.03  # the gain that a draft must promise
 ALLOWANCE = 1.1  # plain steps that may be lost to finding out, at the start...
 RISK = 2.5  # ...or to what promises a gain...
 SLACK = 0.015  # ...and the share of all time that may be, afterwards
+BUILT = 1.0  # plain steps that a round may be said to have lost which was slow to be built
 CREDIT = 10.0  # plain steps gained that may be lost again
 LOOK_EVERY = 8  # tokens after which plain steps may change what is chosen
 PROBE_EVERY = 12  # tokens, at least, between two rounds that promise nothing
@@ -42,8 +43,7 @@ class Kind(NamedTuple):
 class Costs:
     """Seconds of plain steps and of rounds: the lower quartile of the latest measurements.
 
-    What else a machine does only ever adds to a measurement, so the low ones compare best. The
-    first of every kind is left out: it includes what is done once in a process.
+    What else a machine does only ever adds to a measurement, so the low ones compare best.
 
     Attributes:
         accepted, tried: drafted tokens by kind, the latest with the most weight.
@@ -54,29 +54,23 @@ class Costs:
         self._measured: defaultdict[tuple[str, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=RECENT)
         )
-        self._warm: set[tuple[str, int]] = set()
         self.accepted: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
         self.tried: defaultdict[tuple[str, Hashable], float] = defaultdict(float)
         self.owed = 0.0
         self._added = 0
         self._lines: dict[str, list[tuple[int, float]]] = {}
 
-    def add(self, source: str, length: int, seconds: float) -> bool:
-        """Note what a round with `length` drafted tokens of `source` took; whether it counts."""
+    def add(self, source: str, length: int, seconds: float) -> None:
+        """Note what a round with `length` drafted tokens of `source` took."""
         key = (source, length)
-        counts = key in self._warm
-        if counts:
-            self._measured[key].append(seconds)
-            self._lines.pop(source, None)
-            self._added += 1
-        self._warm.add(key)
+        self._measured[key].append(seconds)
+        self._lines.pop(source, None)
+        self._added += 1
         if self._added >= FORGET_EVERY:
             self._added = 0
             for other, measured in self._measured.items():
                 if other != key and other[0] == source and measured:
                     measured.popleft()
-            self._lines.pop(source, None)
-        return counts
 
     @property
     def known(self) -> bool:
@@ -194,23 +188,27 @@ class Pace:
             ]
         return self._promised[kind]
 
-    def plain_step(self, seconds: float, in_time: bool = True) -> None:
+    def plain_step(self, seconds: float, in_time: bool = True, built: bool = False) -> None:
         """A plain step has taken so long.
 
         One that wasn't begun `in_time`, while the one before it was computed, is longer: that is
-        what waiting for a draft costs.
+        what waiting for a draft costs. `built`: a step was traced meanwhile, or run uncompiled,
+        which won't be necessary the next time.
         """
-        self.costs.add(PLAIN if in_time else WAITING, 0, seconds)
+        if not built:
+            self.costs.add(PLAIN if in_time else WAITING, 0, seconds)
         if in_time:
             self._rounds = 0
             self._refresh = max(self._refresh - 1, 0)
         elif (plain := self.costs.plain) and (waiting := self.costs.waiting):
             self._lost += max(waiting / plain - 1, 0.0)
         self._tokens += 1
-        self._settle()
         self._since_probe += 1
+        self._settle()
 
-    def round(self, kind: Kind, length: int, accepted: int, seconds: float) -> None:
+    def round(
+        self, kind: Kind, length: int, accepted: int, seconds: float, built: bool = False
+    ) -> None:
         """A round in which `accepted` of `length` drafted tokens held has taken so long."""
         key = kind[:2]
         self.costs.accepted[key] = MEMORY * self.costs.accepted[key] + accepted
@@ -221,13 +219,14 @@ class Pace:
         self._rounds += 1
         if self._rounds >= REFRESH_EVERY * self._gain**2:
             self._refresh = REFRESH
-        counts = self.costs.add(kind.source, length, seconds)
+        if not built:
+            self.costs.add(kind.source, length, seconds)
         plain = self.costs.plain
-        if plain is not None and counts:
+        if plain is not None:
             # What a draft model takes to catch up counts, an interruption from outside doesn't.
-            spent = min(seconds, 4 * self.costs.round(kind, length))
+            spent = seconds if built else min(seconds, 4 * self.costs.round(kind, length))
             lost = spent / plain - (accepted + 1)
-            self._lost = max(self._lost + lost, -CREDIT)
+            self._lost = max(self._lost + (min(lost, BUILT) if built else lost), -CREDIT)
         self._settle()
 
     def _settle(self) -> None:

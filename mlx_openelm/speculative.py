@@ -182,6 +182,7 @@ class _Loop:
         self.draft_model, self.lookup = draft_model, lookup
         self.pace, self.statistics = pace, statistics
         self.text: list[int] = []
+        self.traces = 0  # of all models, when a step was over last
         self.before = cache.offset  # positions of the cache that aren't of the text
 
     def run(
@@ -243,12 +244,14 @@ class _Loop:
         self.statistics.tokens += len(tokens)
         self.statistics.drafted += drafted
         self.statistics.accepted += len(tokens) - 1
+        traces = self.model.traces + (self.draft_model.model.traces if self.draft_model else 0)
+        built, self.traces = traces != self.traces, traces
         if seconds is None:
             return
         if step.draft:
-            self.pace.round(step.draft.kind, drafted, len(tokens) - 1, seconds)
+            self.pace.round(step.draft.kind, drafted, len(tokens) - 1, seconds, built)
         else:
-            self.pace.plain_step(seconds, step.in_time)
+            self.pace.plain_step(seconds, step.in_time, built)
 
     def _choice(self, longest: int) -> tuple[Kind, int] | None:
         """What to draft from next, and how many tokens, if it pays."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_openelm import InputError, OpenELM, device, load
 from mlx_openelm.cache import FIRST_CAPACITY
-from mlx_openelm.model import LENGTHS
+from mlx_openelm.model import LENGTHS, SHORT
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 
 from . import reference
@@ -210,3 +212,19 @@ def test_steps_of_many_lengths_are_few_shapes() -> None:
     for length in range(1, 130):
         model(mx.zeros((1, length), mx.int32), last_only=True)
     assert model.traces == len([n for n in LENGTHS if n < 130]) + 1
+
+
+def test_short_steps_are_compiled_when_their_length_comes_again() -> None:
+    """Once it is cheaper done than traced; a single token's step comes again for sure."""
+    policy = replace(POLICIES["elementwise, compiled"], compile_after=2)
+    model = random_model(CONFIGS["uneven"], policy)
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2]])
+    logits = [model(tokens) for _ in range(5)]
+    assert model.traces == 2 + 1
+    for later in logits[1:]:
+        assert mx.abs(later - logits[0]).max().item() < 1e-5
+    for length, traces in [(1, 1), (SHORT + 1, 1)]:
+        model.traces = 0
+        for _ in range(3):
+            model(mx.zeros((1, length), mx.int32), last_only=True)
+        assert model.traces == traces

@@ -114,7 +114,7 @@ def test_a_plain_step_that_has_become_cheaper_is_noticed_soon() -> None:
 def test_noise_of_the_measurements_costs_little(acceptance: float) -> None:
     ratios = [
         Simulation(lambda _: acceptance, 0.2, 0.2, noise=0.2, seed=seed).run(400).ratio
-        for seed in range(10)
+        for seed in range(40)
     ]
     assert mean(ratios) < best(acceptance, 0.2, 0.2) + 0.12
     assert max(ratios) < 1.12
@@ -148,11 +148,30 @@ def test_texts_that_lose_are_tried_in_turns_and_keep_nothing_from_one_that_wins(
     assert pace.choose([KIND, repeats], 16) == (repeats, 16)
 
 
+def test_steps_that_are_built_in_a_round_count_neither_as_its_cost_nor_in_full_as_lost() -> None:
+    def after(rounds: int, built: bool) -> Pace:
+        pace = Pace()
+        for _ in range(9):
+            pace.plain_step(1.0)
+        for _ in range(rounds):
+            pace.round(sure, 4, 4, 20.0, built)
+        return pace
+
+    sure = Kind("lookup", 8, 0.95, 0.05)
+    pace = after(2, built=True)
+    assert pace.costs.round(sure, 4) < 2
+    assert pace.choose([sure], 16) is not None
+    assert after(3, built=True).choose([sure], 16) is None
+    assert after(3, built=False).costs.round(sure, 4) == 20
+
+
 def test_nothing_is_drafted_before_plain_steps_are_measured() -> None:
     pace = Pace()
-    for _ in range(ENOUGH + 1):  # the first doesn't count
+    pace.plain_step(9.0, built=True)  # doesn't count
+    for _ in range(ENOUGH):
         assert pace.choose([KIND], 16) is None
         pace.plain_step(0.01)
+    assert pace.costs.plain == 0.01
     assert pace.choose([KIND], 16) is not None
     assert pace.choose([], 16) is None
     assert pace.choose([KIND], 0) is None
