@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,29 @@ def _rows(values: mx.array, shape: tuple[int, ...], start: int, stop: int) -> mx
         return mx.ones(part)
     count = math.prod(part)
     return mx.tile(values, -(-count // values.size))[:count].reshape(part)
+
+
+def widened(
+    tensors: Mapping[str, LazyTensor], config: OpenELMConfig, times: int
+) -> tuple[dict[str, LazyTensor], OpenELMConfig]:
+    """A network that says the same, its feed-forward layers so many times as wide, with zeros."""
+    wide = replace(config, ffn_multipliers=tuple(times * m for m in config.ffn_multipliers))
+    shapes = tensor_shapes(wide)
+    made = {
+        name: replace(tensor, shape=shapes[name], rows=partial(_padded, tensor, shapes[name]))
+        for name, tensor in tensors.items()
+    }
+    return made, wide
+
+
+def _padded(tensor: LazyTensor, shape: tuple[int, ...], start: int, stop: int) -> mx.array:
+    if shape == tensor.shape:
+        return tensor.rows(start, stop)
+    values = tensor.read()
+    parts = [values] if values.shape[0] == shape[0] else mx.split(values, 2)  # gate and up
+    rows, columns = parts[0].shape
+    missing = [(0, shape[0] // len(parts) - rows), (0, shape[1] - columns)]
+    return mx.concatenate([mx.pad(part, missing) for part in parts])[start:stop]
 
 
 def write_pt(config: OpenELMConfig, out: Path) -> None:

@@ -21,7 +21,7 @@ from mlx_openelm.hub import BUNDLED, DEMO, resolve
 from mlx_openelm.quantization import MODES, Quantization
 from mlx_openelm.shapes import tensor_shapes
 
-from .checkpoints import random_checkpoint
+from .checkpoints import random_checkpoint, widened
 from .peers import OURS
 from .results import Model
 
@@ -43,6 +43,8 @@ STORED = (
     *(m for m in MODES if m != "affine"),
 )
 RANDOM = "random:"
+# The bundled demo with zeros to 65 M parameters, so that reading them is what a step takes
+WIDE, TIMES = "wide-demo", 32
 SHARE_OF_MEMORY = 0.9  # that models may fill
 
 
@@ -98,8 +100,10 @@ def model_directory(name: str) -> Path:
         if config.vocab_size < _config("demo").vocab_size:
             tokenizer = None
     else:
-        bundled = open_directory(BUNDLED[base])
+        bundled = open_directory(_bundled(base))
         tensors, config = bundled.tensors, bundled.config
+        if base == WIDE:
+            tensors, config = widened(tensors, config, TIMES)
     convert(tensors, config, directory, _options(stored), tokenizer=tokenizer)
     return directory
 
@@ -152,7 +156,7 @@ def _parse(name: str) -> tuple[str, str | None]:
         base, stored = RANDOM + shape, stored or "bfloat16"
     else:
         base, _, stored = name.partition(":")
-        if base not in BUNDLED or not stored:
+        if base not in (*BUNDLED, WIDE) or not stored:
             return name, None
     if stored not in STORED:
         raise InputError(f"{name}: stored as {stored!r}? Known are {', '.join(STORED)}")
@@ -161,11 +165,16 @@ def _parse(name: str) -> tuple[str, str | None]:
 
 def _config(base: str) -> OpenELMConfig:
     shape = base.removeprefix(RANDOM)
-    if base in BUNDLED:
-        return OpenELMConfig.from_json(BUNDLED[base] / "config.json")
+    if base in (*BUNDLED, WIDE):
+        config = OpenELMConfig.from_json(_bundled(base) / "config.json")
+        return widened({}, config, TIMES)[1] if base == WIDE else config
     if shape in PUBLISHED:
         return OpenELMConfig.from_name(shape, VOCAB_SIZE)
     return SHAPES[shape]
+
+
+def _bundled(base: str) -> Path:
+    return BUNDLED["demo" if base == WIDE else base]
 
 
 def _of_directory(name: str, directory: Path) -> Target:

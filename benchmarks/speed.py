@@ -33,7 +33,12 @@ from .workloads import PROMPTS, REPEATING, random_prompts
 
 DESCRIPTION = "This project's figures: its speed against mlx-lm, PyTorch and itself, in turns."
 SAME_BLAS = {blas.VARIABLE: ""}  # what this project finds, in a peer too
-DEMO, TINY, LARGE = "demo:float32", "random:28x64:float32", "random:OpenELM-270M"
+DEMO, WIDE, TINY, LARGE = (
+    "demo:float32",
+    "wide-demo:float32",
+    "random:28x64:float32",
+    "random:OpenELM-270M",
+)
 TIME_LIMIT = 600.0  # seconds for one trial: reference BLAS takes minutes for a prompt
 
 Value = Callable[[dict[str, Any], Workload], float]
@@ -249,6 +254,17 @@ FIGURES = (
         128,
         options={"draft_model": "demo-draft"},
         trials=30,
+    ),
+    Figure(
+        "speculative, demo with zeros to 65 M parameters, with demo-draft",
+        "plain",
+        1.3,
+        WIDE,
+        decode,
+        "held_out",
+        128,
+        options={"draft_model": "demo-draft"},
+        trials=5,
     ),
     Figure(
         "prompt lookup, a text that repeats",

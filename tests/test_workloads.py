@@ -8,9 +8,10 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from mlx_openelm import OpenELM
+from mlx_openelm import OpenELM, load
 from mlx_openelm.benchmarks import models, workloads
 from mlx_openelm.benchmarks.fitting import SIZES, Speeds, fit, shrink
 from mlx_openelm.benchmarks.models import check_memory, model_directory, target
@@ -184,7 +185,7 @@ def test_a_model_is_known_before_it_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("random:28x64:float32", "demo:4bit", "demo-draft:bfloat16"):
+    for name in ("random:28x64:float32", "demo:4bit", "demo-draft:bfloat16", "wide-demo:8bit"):
         before = target(name)
         assert not list(tmp_path.rglob(f"*{before.model.stored}*"))
         made = target(str(model_directory(name)))
@@ -199,6 +200,19 @@ def test_a_published_shape_is_recognised(tmp_path: Path) -> None:
     assert (demo.model.shape, demo.model.stored) == ("demo", "float16")
     assert models._same_shape("OpenELM-270M", OpenELMConfig.from_name("OpenELM-270M", 32128))
     assert not models._same_shape("OpenELM-450M", OpenELMConfig.from_name("OpenELM-270M"))
+
+
+def test_the_wide_demo_says_what_the_demo_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(models, "TIMES", 2)
+    directories = [model_directory(f"{name}:float32") for name in ("demo", "wide-demo")]
+    demo, wide = (load(directory)[0] for directory in directories)
+    tokens = mx.array([[1 + 7 * i for i in range(40)]])
+    assert mx.abs(wide(tokens) - demo(tokens)).max().item() < 1e-4
+    name = "transformer.layers.3.ffn.proj_1.weight"
+    assert [model.parameters()[name].shape[0] for model in (demo, wide)] == [768, 2 * 768]
 
 
 def test_what_does_not_fit_into_memory_is_refused_from_the_sizes() -> None:
