@@ -264,7 +264,7 @@ FIGURES = (
         "held_out",
         128,
         options={"draft_model": "demo-draft"},
-        trials=5,
+        trials=9,
     ),
     Figure(
         "prompt lookup, a text that repeats",
