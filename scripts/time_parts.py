@@ -28,8 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import mlx_openelm  # before mlx
-from mlx_openelm import blas, exponential
+from mlx_openelm import blas, exponential  # before mlx
 
 import mlx.core as mx  # isort: skip
 
@@ -161,9 +160,10 @@ def _compare(what: str, x: mx.array, theirs: Any, ours: Any) -> None:
 def prompts(name: str, tokens: int) -> None:
     """ms until the first token."""
     from mlx_openelm.benchmarks.models import model_directory
+    from mlx_openelm.checkpoint import load_model
     from mlx_openelm.decoding import prefill
 
-    model, _ = mlx_openelm.load(model_directory(name))
+    model = load_model(model_directory(name))
     policy = model.policy
     prompt = mx.random.randint(3, model.config.vocab_size, (tokens,))
 
@@ -184,8 +184,9 @@ DECODE = """
 import sys, time, mlx_openelm
 import mlx.core as mx
 from mlx_openelm.benchmarks.models import model_directory
+from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
-model, _ = mlx_openelm.load(model_directory(sys.argv[1]))
+model = load_model(model_directory(sys.argv[1]))
 def run():
     steps = generate_step(mx.arange(5, 13), model, max_tokens=100)
     next(steps)
