@@ -56,6 +56,8 @@ class Policy:
             "fast kernels" if self.fast_kernels else "elementwise operations",
             self._compiling(),
         ]
+        if self.prefill_streams > 1:
+            parts.append(f"{self.prefill_streams} steps of a prompt side by side")
         if self.memory:
             parts.append("quantized weights dequantized once where memory allows")
         return ", ".join(parts)
