@@ -115,7 +115,8 @@ def generate_step(
 ) -> Iterator[tuple[int, mx.array]]:
     """Token ids that continue `prompt` [L], each with its log-probabilities [vocab_size].
 
-    The next step is built while the device works on the current one.
+    The next step is built while the device works on the current one, but for the first token, which
+    is given out as soon as it is there.
 
     Args:
         max_tokens: how many at most; -1: until the context is full.
@@ -157,16 +158,24 @@ def generate_step(
     if prompt_progress_callback:
         mx.eval(token)
         prompt_progress_callback(prompt.size, prompt.size)
+
+    def after(token: mx.array) -> tuple[mx.array, mx.array]:
+        nonlocal seen
+        if processors:
+            seen = mx.concatenate([seen, token])
+        return choose(model(token[None], cache, last_only=True)[:, 0])
+
     for count in itertools.count(1):
-        last = count == limit
-        if not last:
-            if processors:
-                seen = mx.concatenate([seen, token])
-            following = choose(model(token[None], cache, last_only=True)[:, 0])
-        yield cast(int, token.item()), logprobs
-        if last:
+        if count == limit:
+            yield cast(int, token.item()), logprobs
             return
-        token, logprobs = following
+        if count == 1:  # somebody waits for it, and the next step may have to be traced
+            yield cast(int, token.item()), logprobs
+            token, logprobs = after(token)
+        else:
+            following = after(token)
+            yield cast(int, token.item()), logprobs
+            token, logprobs = following
 
 
 def token_limit(cache: KVCache, prompt_tokens: int, max_tokens: int) -> int | None:
