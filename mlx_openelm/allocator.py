@@ -27,13 +27,14 @@ in_use = False
 
 
 def load() -> None:
-    """Let MLX, which must not have been loaded yet, allocate with it, unless `VARIABLE` is 0."""
+    """Let MLX, which must not have been loaded yet, allocate so, unless `VARIABLE` is 0."""
     global in_use
-    wanted = os.environ.get(VARIABLE) != "0" and "mlx.core" not in sys.modules
-    if LIBRARY is not None and wanted and not in_use:
+    if in_use or os.environ.get(VARIABLE) == "0" or "mlx.core" in sys.modules:
+        return
+    _keep_what_is_free(ctypes.CDLL(None))
+    if LIBRARY is not None:
         library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
         in_use = _new(library).value == _new(ctypes.CDLL(None)).value  # else one is preloaded
-        _keep_what_is_free(ctypes.CDLL(None))
 
 
 def _keep_what_is_free(libc: ctypes.CDLL) -> None:

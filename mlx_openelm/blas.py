@@ -23,6 +23,7 @@ SONAMES = (
     "libmkl_rt.so.3",
     "libmkl_rt.so.2",
 )
+_PTHREADS, _OPENMP = 1, 2  # what openblas_get_parallel returns
 # Not there if no compiler was at installation
 KERNEL = next(Path(__file__).parent.glob("_sgemm.*so"), None)
 
@@ -116,9 +117,6 @@ def _one_thread(kernel: ctypes.CDLL, library: ctypes.CDLL) -> bool:
         return False
     kernel.sgemm_share(setting and ctypes.cast(setting, ctypes.c_void_p))
     return True
-
-
-_PTHREADS, _OPENMP = 1, 2  # what openblas_get_parallel returns
 
 
 def _sgemm(library: ctypes.CDLL) -> ctypes.c_void_p:
