@@ -1,38 +1,54 @@
-"""The libraries that help MLX's CPU backend; all else is in pyproject.toml.
+"""The libraries that help MLX's CPU backend on Linux; all else is in pyproject.toml.
 
-They are plain shared libraries, loaded with ctypes: no Python API, so one build serves every
-Python. Where they can't be compiled, the package is installed without them.
+Where they can't be compiled, the package is installed without them.
 """
 
 import sys
-import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-# A Python without the GIL has no stable ABI, and setuptools refuses to name one for it
-stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-
-def library(name: str, source: str, *options: str, language: str) -> Extension:
+def library(name: str, source: str, *options: str, **more: object) -> Extension:
     """`name` in the package, of one source file of it."""
     return Extension(
         f"mlx_openelm.{name}",
         sources=[f"mlx_openelm/{source}"],
         extra_compile_args=[*options, "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
-        language=language,
-        py_limited_api=stable,
         optional=True,
+        **more,
     )
 
 
+def folders(package: str) -> list[Path]:
+    """Where `package` is installed, without importing it."""
+    spec = find_spec(package)
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+
+
+# Loaded with ctypes, before MLX
 libraries = [
     library("_sgemm", "sgemm.c", "-O3", "-std=gnu11", language="c"),
     library("_allocator", "allocator.cpp", "-O2", "-std=c++17", language="c++"),
 ]
+# An extension of MLX: it shares MLX's Python types, hence the domain
+for mlx in [folder for folder in folders("mlx") if (folder / "include").exists()]:
+    for nanobind in folders("nanobind"):
+        include = [mlx / "include", nanobind / "include", nanobind / "src"]
+        include.append(nanobind / "ext" / "robin_map" / "include")
+        libraries.append(
+            library(
+                "_kernels",
+                "kernels.cpp",
+                *("-O3", "-std=c++20", "-fno-strict-aliasing", "-Wno-psabi"),
+                language="c++",
+                define_macros=[("NB_DOMAIN", "mlx")],
+                include_dirs=[str(folder) for folder in include],
+                libraries=["mlx"],
+                library_dirs=[str(mlx / "lib")],
+            )
+        )
 
-if sys.platform == "linux":
-    options = {"bdist_wheel": {"py_limited_api": "cp310"}} if stable else {}
-    setup(ext_modules=libraries, options=options)
-else:
-    setup()
+setup(ext_modules=libraries if sys.platform == "linux" else [])

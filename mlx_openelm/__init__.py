@@ -24,6 +24,10 @@ except ImportError as error:
         f"pip install mlx ({error})"
     ) from error
 
+from . import kernels
+
+kernels.load()
+
 from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache
 from .checkpoint import load

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import allocator, blas, jit
+from . import allocator, blas, kernels
 from .config import OpenELMConfig
 from .shapes import tensor_shapes
 
@@ -24,10 +24,9 @@ class Policy:
     Attributes:
         name: the device, in words.
         dtype: what to compute in; None: in what the weights are stored in.
-        fast_kernels: MLX's fast kernels (`network`), or elementwise operations (`elementwise`).
+        native: of this package's own kernels (`native`), not MLX's (`network`).
         compiled: steps are compiled.
         compile_after: how many short steps of a length aren't: tracing takes longer than they do.
-        fused_by_jit: they are only when the kernels that this needs are there (`jit`).
         prefill_step: tokens of a prompt that one step takes.
         prefill_streams: how many such steps run side by side, each on a stream of its own.
         memory: bytes that quantized weights may take when they are dequantized once, at load;
@@ -36,10 +35,9 @@ class Policy:
 
     name: str
     dtype: mx.Dtype | None = None
-    fast_kernels: bool = True
+    native: bool = False
     compiled: bool = True
     compile_after: int = 0
-    fused_by_jit: bool = False
     prefill_step: int = 512
     prefill_streams: int = 1
     memory: int = 0
@@ -53,8 +51,8 @@ class Policy:
         parts = [
             self.name,
             f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
-            "fast kernels" if self.fast_kernels else "elementwise operations",
-            self._compiling(),
+            "own kernels" if self.native else "MLX's kernels",
+            "compiled" if self.compiled else "not compiled",
         ]
         if self.prefill_streams > 1:
             parts.append(f"{self.prefill_streams} steps of a prompt side by side")
@@ -62,34 +60,36 @@ class Policy:
             parts.append("quantized weights dequantized once where memory allows")
         return ", ".join(parts)
 
-    def _compiling(self) -> str:
-        if not self.compiled:
-            return "not compiled"
-        if self.fused_by_jit and not jit.ready():
-            return "not compiled until the kernels are there, which are made in the background"
-        return "compiled"
-
 
 def policy() -> Policy:
     """What suits MLX's default device.
 
     Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
     MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
-    matrix slower than its values (docs/performance.md).
+    matrix slower than its values. Compiling gains nothing there with so few primitives, and has
+    MLX run a C++ compiler (docs/performance.md).
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         info = mx.device_info()
         return Policy(str(info.get("device_name", "GPU")), compile_after=COMPILE_AFTER)
     return Policy(
-        f"CPU, BLAS: {blas.in_use or 'that of MLX'}{', own allocator' if allocator.in_use else ''}",
+        _cpu(),
         mx.float32,
-        fast_kernels=False,
-        compile_after=COMPILE_AFTER,
-        fused_by_jit=True,
+        native=kernels.missing is None,
+        compiled=False,
         prefill_step=256,
         prefill_streams=2 if blas.side_by_side else 1,
         memory=_available_memory() // 2,
     )
+
+
+def _cpu() -> str:
+    parts = ["CPU", f"BLAS: {blas.in_use or 'that of MLX'}"]
+    if allocator.in_use:
+        parts.append("own allocator")
+    if kernels.missing:
+        parts.append(f"no kernels of its own ({kernels.missing})")
+    return ", ".join(parts)
 
 
 def streams(count: int) -> list[mx.Stream | mx.ThreadLocalStream]:

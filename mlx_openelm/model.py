@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
-from . import device, elementwise, jit, network
+from . import device, network
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
 from .quantization import Quantization, Scheme
@@ -56,7 +56,6 @@ class OpenELM:
         self.traces = 0  # how often a step has been built: compiled ones are built once a shape
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
-        self._kernels_ready = self._kernels_wanted = False
 
     def __call__(
         self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
@@ -79,7 +78,8 @@ class OpenELM:
         batch, length = tokens.shape
         # What pads a step is overwritten by the next one; a ring would lose old tokens to it.
         padded = length
-        compiled = self._is_compiled(cache, length)
+        # A context that slides takes steps of many lengths, which would each be traced.
+        compiled = self.policy.compiled and (cache.ring is None or length == 1)
         if compiled and cache.ring is None:
             padded = next((n for n in LENGTHS if n >= length), length)
             if 1 < padded <= SHORT and self._short_steps[padded] < self.policy.compile_after:
@@ -101,26 +101,11 @@ class OpenELM:
         cache.offset += length
         return logits if last_only or padded == length else logits[:, :length]
 
-    def _is_compiled(self, cache: KVCache, length: int) -> bool:
-        if not self.policy.compiled or (cache.ring is not None and length > 1):
-            return False  # steps of many lengths, each traced anew
-        if not self.policy.fused_by_jit:
-            return True
-        if not self._kernels_ready:
-            self._kernels_ready = jit.ready()
-            if not self._kernels_ready and not self._kernels_wanted:
-                self._kernels_wanted = True
-                jit.build_in_background()
-        return self._kernels_ready and cache.scheme is None and self.dtype == mx.float32
-
     def _step(self, scheme: Scheme | None, last_only: bool, compiled: bool) -> Callable[..., _Out]:
         key = (scheme, last_only, compiled)
         if key in self._steps:
             return self._steps[key]
-        # The elementwise norms are exact enough in float32 only.
-        fast = self.policy.fast_kernels or self.dtype != mx.float32
-        formulation = network if fast else elementwise
-        run = formulation.make_step(self.config, self.weights, scheme)
+        run = self._formulation()(self.config, self.weights, scheme)
 
         def step(
             tokens: mx.array,
@@ -140,6 +125,13 @@ class OpenELM:
             step = mx.compile(step)
         self._steps[key] = step
         return step
+
+    def _formulation(self) -> Callable[..., network.Step]:
+        if not self.policy.native or self.dtype != mx.float32:
+            return network.make_step
+        from .native import make_step  # not there where its kernels aren't
+
+        return make_step
 
     def make_cache(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from mlx_openelm import OpenELM, jit, load
+from mlx_openelm import OpenELM, load
 from mlx_openelm.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,12 +19,6 @@ settings.register_profile("a busy machine is no failure", deadline=None)
 settings.load_profile("a busy machine is no failure")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kernels() -> None:
-    """MLX's fused CPU kernels, so that steps are compiled in every test."""
-    jit.build()
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ from .models import CONFIGS, UNEVEN, random_model
 
 BOUND = 1e-4  # max abs difference of float32 logits; they are of the order of 1 to 10
 POLICIES = {
-    "elementwise, compiled": device.Policy("CPU", mx.float32, fast_kernels=False),
-    "elementwise": device.Policy("CPU", mx.float32, fast_kernels=False, compiled=False),
-    "fast kernels, compiled": device.Policy("a GPU"),
-    "fast kernels": device.Policy("a GPU", compiled=False),
+    "native, compiled": device.Policy("CPU", mx.float32, native=True),
+    "native": device.Policy("CPU", mx.float32, native=True, compiled=False),
+    "MLX's kernels, compiled": device.Policy("a GPU"),
+    "MLX's kernels": device.Policy("a GPU", compiled=False),
 }
 
 
@@ -120,7 +120,7 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme)
     tokens = tokens_for(config.vocab_size, 2, 12)
     wanted = reference.logits(config, dequantized, tokens)
     for memory in (0, 1 << 20):
-        policy = device.Policy("CPU", mx.float32, fast_kernels=False, memory=memory)
+        policy = device.Policy("CPU", mx.float32, native=True, memory=memory)
         model = OpenELM(config, stored, Quantization(scheme), policy=policy)
         assert model.parameters().keys() == (dequantized if memory else stored).keys()
         assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
@@ -191,7 +191,7 @@ def test_sequences_of_different_lengths_share_a_cache(policy: str) -> None:
 def test_a_step_is_compiled_once_a_shape_and_memory_is_the_caches() -> None:
     """3,000 tokens: one trace for every capacity, and no memory but the buffers."""
     config = CONFIGS["uneven"].__class__(**{**UNEVEN, "max_context_length": 4096})
-    model = random_model(config, POLICIES["elementwise, compiled"])
+    model = random_model(config, POLICIES["native, compiled"])
     cache = model.make_cache()
     mx.eval(model(mx.array([[1]]), cache), cache.buffers)
     mx.clear_cache()
@@ -208,7 +208,7 @@ def test_a_step_is_compiled_once_a_shape_and_memory_is_the_caches() -> None:
 
 
 def test_steps_of_many_lengths_are_few_shapes() -> None:
-    model = random_model(CONFIGS["uneven"], POLICIES["elementwise, compiled"])
+    model = random_model(CONFIGS["uneven"], POLICIES["native, compiled"])
     for length in range(1, 130):
         model(mx.zeros((1, length), mx.int32), last_only=True)
     assert model.traces == len([n for n in LENGTHS if n < 130]) + 1
@@ -216,7 +216,7 @@ def test_steps_of_many_lengths_are_few_shapes() -> None:
 
 def test_short_steps_are_compiled_when_their_length_comes_again() -> None:
     """Once it is cheaper done than traced; a single token's step comes again for sure."""
-    policy = replace(POLICIES["elementwise, compiled"], compile_after=2)
+    policy = replace(POLICIES["native, compiled"], compile_after=2)
     model = random_model(CONFIGS["uneven"], policy)
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2]])
     logits = [model(tokens) for _ in range(5)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_openelm import OpenELM, __version__, jit
+from mlx_openelm import OpenELM, __version__
 from mlx_openelm.batching import batch_generate_step
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.decoding import generate_step
@@ -29,7 +29,6 @@ def version() -> str:
 
 def load(directory: Path) -> Runtime:
     """Any workload."""
-    jit.build()  # what a first run on a machine makes in the background
     model = load_model(directory)
 
     def run(workload: Workload) -> Measured:
