@@ -24,9 +24,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <mlx/allocator.h>
+#include <mlx/array.h>
 #include <mlx/backend/cpu/encoder.h>
-#include <mlx/mlx.h>
 #include <mlx/primitives.h>
+#include <mlx/utils.h>
 #include <mlx/version.h>
 
 namespace nb = nanobind;

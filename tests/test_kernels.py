@@ -111,7 +111,7 @@ def attention(q: np.ndarray, kv: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def masks(batch: int, length: int, slots: int) -> dict[str, np.ndarray]:
-    """What steps see: earlier tokens; those of padded sequences; with gaps, as in a ring; nothing."""
+    """What steps see: earlier tokens; of padded sequences; with gaps; nothing."""
     causal = np.arange(slots) <= slots - length + np.arange(length)[:, None]
     padded = causal & (np.arange(slots) >= 3 * np.arange(batch)[:, None, None])
     gaps = np.random.default_rng(5).random((batch, length, slots)) < 0.6
