@@ -62,7 +62,7 @@ $(call installed,test-): EXTRAS = $(call extras,test)
 $(call installed,bench-): EXTRAS = $(call extras,bench peers)
 $(call installed,dev-): EXTRAS = $(call extras,dev)
 
-$(call installed,) $(call installed,test-) $(call installed,dev-) $(call installed,bench-): pyproject.toml setup.py $(wildcard mlx_openelm/*.c mlx_openelm/*.cpp) | $(BIN)/pip
+$(call installed,) $(call installed,test-) $(call installed,dev-) $(call installed,bench-): pyproject.toml setup.py $(wildcard mlx_openelm/cpu/*) | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.$(EXTRAS)'
 	@touch $@
 

@@ -10,11 +10,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 
-def library(name: str, source: str, *options: str, **more: object) -> Extension:
-    """`name` in the package, of one source file of it."""
+def library(name: str, sources: str, *options: str, **more: object) -> Extension:
+    """`name` in the package, of those sources."""
     return Extension(
         f"mlx_openelm.{name}",
-        sources=[f"mlx_openelm/{source}"],
+        sources=[f"mlx_openelm/cpu/{source}" for source in sources.split()],
+        depends=[
+            "mlx_openelm/cpu/pool.h",
+            "mlx_openelm/cpu/kernels.h",
+            "mlx_openelm/cpu/vectors.h",
+        ],
         extra_compile_args=[*options, "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
         optional=True,
@@ -30,7 +35,7 @@ def folders(package: str) -> list[Path]:
 
 # Loaded with ctypes, before MLX
 libraries = [
-    library("_sgemm", "sgemm.c", "-O3", "-std=gnu11", language="c"),
+    library("_sgemm", "sgemm.c pool.c", "-O3", "-std=gnu11", language="c"),
     library("_allocator", "allocator.cpp", "-O2", "-std=c++17", language="c++"),
 ]
 # An extension of MLX: it shares MLX's Python types, hence the domain
@@ -41,7 +46,7 @@ for mlx in [folder for folder in folders("mlx") if (folder / "include").exists()
         libraries.append(
             library(
                 "_kernels",
-                "kernels.cpp",
+                "primitives.cpp layers.cpp attention.cpp quantized.cpp",
                 *("-O3", "-std=c++20", "-fno-strict-aliasing", "-Wno-psabi"),
                 language="c++",
                 define_macros=[("NB_DOMAIN", "mlx")],

@@ -1,4 +1,4 @@
-"""The network's operations on a CPU, one graph primitive each (kernels.cpp).
+"""The network's operations on a CPU, one graph primitive each (cpu/primitives.cpp).
 
 All arrays are row-contiguous, and float32 where nothing else is said. Shapes and dtypes that don't
 fit raise `ValueError`, as does a default device that isn't a CPU.
@@ -10,6 +10,21 @@ import mlx.core as mx
 
 MLX_VERSION: str
 """The version of MLX they were compiled for."""
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int
+) -> mx.array:
+    """`x` · Wᵀ, where W is what `mx.quantize` makes in affine mode; in float32 arithmetic.
+
+    Args:
+        x: [R, columns].
+        weight: [rows, columns · bits / 32] uint32; columns must be a multiple of 256 / bits.
+        scales, biases: [rows, columns / group_size].
+        bits: 4 or 8.
+
+    Returns:
+        [R, rows].
+    """
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm (arXiv 1910.07467, equation 4) over the last axis: `x` [..., n], `weight` [n]."""

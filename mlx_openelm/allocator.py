@@ -1,6 +1,6 @@
-"""Memory for MLX's CPU backend on Linux: operator new and delete (allocator.cpp), malloc's limits.
+"""Memory for MLX's CPU backend on Linux: cpu/allocator.cpp and malloc's limits.
 
-The operators go before the C++ library's own in whatever is loaded afterwards, as the standard
+Its operators new and delete go before the C++ library's own in whatever is loaded afterwards, as the standard
 allows a program to replace them. That can't harm code that doesn't see them: every block is one of
 malloc's.
 """

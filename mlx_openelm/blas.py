@@ -3,7 +3,7 @@
 MLX's Linux wheel brings the reference BLAS, some 30 times slower than an optimised one. Symbols of
 a library that is loaded globally before MLX go before those of the library that MLX brings, so a
 system's OpenBLAS or MKL only has to be loaded in time. Before that goes a kernel of our own
-(sgemm.c) for products with few rows, which is what decoding consists of; it passes the others on.
+(cpu/sgemm.c) for products with few rows, which is what decoding consists of; it passes on the rest.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class Policy:
         compile_after: how many short steps of a length aren't: tracing takes longer than they do.
         prefill_step: tokens of a prompt that one step takes.
         prefill_streams: how many such steps run side by side, each on a stream of its own.
-        memory: bytes that quantized weights may take when they are dequantized once, at load;
-            0: they are multiplied as they are.
+        memory: bytes that quantized weights may take when they are dequantized once, at load,
+            unless the kernels multiply them fast as they are; 0: all are multiplied so.
     """
 
     name: str
@@ -57,7 +57,8 @@ class Policy:
         if self.prefill_streams > 1:
             parts.append(f"{self.prefill_streams} steps of a prompt side by side")
         if self.memory:
-            parts.append("quantized weights dequantized once where memory allows")
+            which = "but for 4 and 8 bits " if self.native else ""
+            parts.append(f"quantized weights {which}dequantized once where memory allows")
         return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Whether this package's primitives for MLX's CPU backend (kernels.cpp) can be used.
+"""Whether this package's primitives for MLX's CPU backend (cpu/primitives.cpp) can be used.
 
 They are compiled at installation, against the MLX of that moment. MLX's C++ interface has no
 stable ABI: with any other version they are left alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import mlx.core as mx
 
@@ -51,8 +52,9 @@ class OpenELM:
         if arrays is None:
             arrays = random_arrays(config)
         self.weights = make_weights(config, arrays, quantization, dtype)
+        self._formulation = _formulation(self.policy, dtype)
         if quantization is not None and self.policy.dequantize(config):
-            self.weights = dequantize(self.weights, dtype)
+            self.weights = dequantize(self.weights, dtype, self._formulation.multiplies)
         self.traces = 0  # how often a step has been built: compiled ones are built once a shape
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
@@ -105,7 +107,7 @@ class OpenELM:
         key = (scheme, last_only, compiled)
         if key in self._steps:
             return self._steps[key]
-        run = self._formulation()(self.config, self.weights, scheme)
+        run: network.Step = self._formulation.make_step(self.config, self.weights, scheme)
 
         def step(
             tokens: mx.array,
@@ -117,21 +119,13 @@ class OpenELM:
         ) -> _Out:
             self.traces += 1
             seen = view(offset, tokens.shape[1], buffers[0][0].shape[2], max_size, starts)
-            hidden, buffers = run(tokens, buffers, seen, last if last_only else None)
-            return self.weights.lm_head(hidden), buffers
+            return run(tokens, buffers, seen, last if last_only else None)
 
         if compiled:
             mx.eval(self.parameters())  # what isn't evaluated would be traced, and done every time
             step = mx.compile(step)
         self._steps[key] = step
         return step
-
-    def _formulation(self) -> Callable[..., network.Step]:
-        if not self.policy.native or self.dtype != mx.float32:
-            return network.make_step
-        from .native import make_step  # not there where its kernels aren't
-
-        return make_step
 
     def make_cache(
         self,
@@ -159,6 +153,14 @@ class OpenELM:
     def nbytes(self) -> int:
         """Bytes of all weights, as held in memory."""
         return sum(array.nbytes for array in self.parameters().values())
+
+
+def _formulation(policy: device.Policy, dtype: mx.Dtype) -> ModuleType:
+    if not policy.native or dtype != mx.float32:
+        return network
+    from . import native  # fails where its kernels are missing
+
+    return native
 
 
 _Out = tuple[mx.array, list[Buffer]]

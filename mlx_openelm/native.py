@@ -12,8 +12,33 @@ from . import _kernels
 from .cache import Buffer, View, write
 from .config import OpenELMConfig
 from .network import Step, silu
-from .quantization import Scheme
+from .quantization import Matrix, Scheme
 from .weights import Layer, Weights
+
+
+def multiplies(matrix: Matrix) -> bool:
+    """Whether a matrix that is stored like this is multiplied faster than dequantized."""
+    scheme = matrix.scheme
+    if scheme is None:
+        return True
+    fits = scheme.mode == "affine" and scheme.bits in (4, 8)
+    # Eight words are taken at once
+    return fits and matrix.weight.shape[1] % 8 == 0
+
+
+def product(matrix: Matrix, x: mx.array) -> mx.array:
+    """`x` [rows, columns] → `x @ matrix.T`."""
+    if matrix.scheme is None or not multiplies(matrix):
+        return matrix(x)
+    assert matrix.scales is not None and matrix.biases is not None
+    return _kernels.quantized_matmul(
+        x, matrix.weight, matrix.scales, matrix.biases, matrix.scheme.bits
+    )
+
+
+def add_product(y: mx.array, matrix: Matrix, x: mx.array) -> mx.array:
+    """`y` [rows, …] and `x` [rows, columns] → `y + x @ matrix.T`."""
+    return matrix.add_to(y, x) if matrix.scheme is None else y + product(matrix, x)
 
 
 def attention(
@@ -34,7 +59,7 @@ def attention(
     """
     kv_heads = buffer[0].shape[1] // 2
     queries, keys_values = _kernels.heads(
-        layer.qkv_proj(x),
+        product(layer.qkv_proj, x),
         layer.q_norm,
         layer.k_norm,
         turns,
@@ -52,7 +77,7 @@ def attention(
 
 def feed_forward(config: OpenELMConfig, layer: Layer, x: mx.array) -> mx.array:
     """`x` [rows, model_dim] → [rows, the layer's FFN width], before the last projection."""
-    h = layer.proj_1(x)
+    h = product(layer.proj_1, x)
     return _kernels.swiglu(h) if config.ffn_with_glu else silu(h)
 
 
@@ -73,10 +98,11 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
             h, buffer = attention(config, layer, h, buffer, view, turns, scheme, only)
             if only is not None:
                 x = mx.take(x.reshape(B, L, -1), only, axis=1).reshape(B, -1)
-            x = layer.out_proj.add_to(x, h)
+            x = add_product(x, layer.out_proj, h)
             h = feed_forward(config, layer, _kernels.rms_norm(x, layer.ffn_norm, eps))
-            x = layer.proj_2.add_to(x, h)
+            x = add_product(x, layer.proj_2, h)
             new.append(buffer)
-        return _kernels.rms_norm(x, weights.norm, eps).reshape(B, -1, config.model_dim), new
+        logits = product(weights.lm_head, _kernels.rms_norm(x, weights.norm, eps))
+        return logits.reshape(B, -1, logits.shape[-1]), new
 
     return step

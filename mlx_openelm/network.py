@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .cache import Buffer, View, read, write
 from .config import OpenELMConfig
-from .quantization import Scheme
+from .quantization import Matrix, Scheme
 from .weights import Layer, Weights
 
 
@@ -62,6 +62,11 @@ def _rotate(heads: mx.array, config: OpenELMConfig, offset: mx.array) -> mx.arra
     )
 
 
+def multiplies(matrix: Matrix) -> bool:
+    """Whether a matrix that is stored like this is multiplied faster than dequantized, on a CPU."""
+    return matrix.scheme is None
+
+
 def feed_forward(config: OpenELMConfig, layer: Layer, x: mx.array) -> mx.array:
     """`x` [..., model_dim] → the same shape."""
     h = layer.proj_1(x)
@@ -77,9 +82,9 @@ def silu(x: mx.array) -> mx.array:
 
 
 Step = Callable[[mx.array, list[Buffer], View, mx.array | None], tuple[mx.array, list[Buffer]]]
-"""(tokens [B, L] int32, cache buffers, view, last) → (hidden states [B, L, model_dim] after the
-final norm, the new buffers). `last` [1]: the index of the only token that is wanted, and L becomes
-1; the other tokens are spared the last layer, but for its keys and values."""
+"""(tokens [B, L] int32, cache buffers, view, last) → (logits [B, L, vocab_size], the new buffers).
+`last` [1]: the index of the only token that is wanted, and L becomes 1; the other tokens are spared
+the last layer, but for its keys and values."""
 
 
 def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = None) -> Step:
@@ -98,6 +103,6 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
             x = h + (x if only is None else mx.take(x, only, axis=1))
             x = x + feed_forward(config, layer, mx.fast.rms_norm(x, layer.ffn_norm, eps))
             new.append(buffer)
-        return mx.fast.rms_norm(x, weights.norm, eps), new
+        return weights.lm_head(mx.fast.rms_norm(x, weights.norm, eps)), new
 
     return step

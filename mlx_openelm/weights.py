@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -45,16 +46,20 @@ def random_arrays(config: OpenELMConfig) -> dict[str, mx.array]:
     }
 
 
-def dequantize(weights: Weights, dtype: mx.Dtype) -> Weights:
-    """The same weights with every matrix unquantized, in `dtype`."""
-    embeddings = weights.token_embeddings.dequantize(dtype)
+def dequantize(weights: Weights, dtype: mx.Dtype, multiplies: Callable[[Matrix], bool]) -> Weights:
+    """The same weights with the matrices unquantized, in `dtype`, that can't be multiplied fast."""
+
+    def plain(matrix: Matrix) -> Matrix:
+        return matrix if multiplies(matrix) else matrix.dequantize(dtype)
+
+    embeddings = plain(weights.token_embeddings)
     tied = weights.lm_head is weights.token_embeddings
-    layers = tuple(
-        replace(layer, **{name: getattr(layer, name).dequantize(dtype) for name in _MATRICES})
-        for layer in weights.layers
-    )
-    lm_head = embeddings if tied else weights.lm_head.dequantize(dtype)
-    return Weights(embeddings, layers, weights.norm, lm_head)
+    layers = []
+    for layer in weights.layers:
+        matrices: dict[str, Any] = {name: plain(getattr(layer, name)) for name in _MATRICES}
+        layers.append(replace(layer, **matrices))
+    lm_head = embeddings if tied else plain(weights.lm_head)
+    return Weights(embeddings, tuple(layers), weights.norm, lm_head)
 
 
 _MATRICES = {"qkv_proj": "attn.", "out_proj": "attn.", "proj_1": "ffn.", "proj_2": "ffn."}

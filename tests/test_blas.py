@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from mlx_openelm import allocator, blas
 
 needs_kernel = pytest.mark.skipif(blas.KERNEL is None, reason="the kernel isn't built")
-SOURCE = Path(blas.__file__).with_name("sgemm.c")
+PACKAGE = Path(blas.__file__).parent
+SOURCES = [PACKAGE / "cpu" / name for name in ("sgemm.c", "pool.c")]
 ROW_MAJOR, COLUMN_MAJOR, NO_TRANS, TRANS = 101, 102, 111, 112
 
 LOGITS = """
@@ -82,7 +83,7 @@ def test_the_kernel_serves_alone_where_no_blas_is() -> None:
 
 def test_without_the_kernel_all_is_as_it_was(openblas: str, tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("*.so", "convert", "benchmarks")
-    shutil.copytree(SOURCE.parent, tmp_path / "mlx_openelm", ignore=left_out)
+    shutil.copytree(PACKAGE, tmp_path / "mlx_openelm", ignore=left_out)
     result = python(LOGITS, "-W", "error", folder=tmp_path, PYTHONPATH=str(tmp_path))
     found, _ = json.loads(result.stdout)
     assert found == openblas
@@ -110,7 +111,7 @@ def test_a_library_can_be_named(openblas: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MLX needs no help there")
 def test_a_checkout_with_a_compiler_has_the_kernel() -> None:
-    if not shutil.which("cc") or not (SOURCE.parent.parent / "setup.py").exists():
+    if not shutil.which("cc") or not (PACKAGE.parent / "setup.py").exists():
         pytest.skip("no compiler, or not a checkout")
     assert blas.KERNEL is not None, "pip install -e . (or python setup.py build_ext --inplace)"
     assert allocator.LIBRARY is not None or not shutil.which("c++"), "the same"
@@ -157,10 +158,10 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if blas.KERNEL is None:
             pytest.skip("the kernel isn't built")
         return fresh(blas.KERNEL, folder)
-    if sys.platform != "linux" or not shutil.which("cc") or not SOURCE.exists():
+    if sys.platform != "linux" or not shutil.which("cc") or not SOURCES[0].exists():
         pytest.skip("no compiler, or no source")
     options = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
-    files = [str(SOURCE), "-o", str(folder / "portable.so")]
+    files = [*map(str, SOURCES), "-o", str(folder / "portable.so")]
     subprocess.run(["cc", "-DPORTABLE", *options, *files], check=True)
     return fresh(folder / "portable.so", folder)
 

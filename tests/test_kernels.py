@@ -38,6 +38,27 @@ def close(found: mx.array, wanted: np.ndarray, bound: float = 2e-6) -> None:
     assert np.abs(np.array(found) - wanted).max() < bound * max(1.0, np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 40])
+@pytest.mark.parametrize(
+    ("columns", "bits", "group"),
+    [(64, 4, 32), (192, 4, 64), (1280, 4, 128), (32, 8, 32), (192, 8, 64), (1280, 8, 128)],
+)
+def test_quantized_products(columns: int, bits: int, group: int, rows: int) -> None:
+    scheme = Scheme(group, bits).to_dict()
+    x, parts = normal(rows, columns), mx.quantize(float32(normal(333, columns, seed=1)), **scheme)
+    wanted = x @ np.array(mx.dequantize(*parts, **scheme), np.float64).T
+    close(_kernels.quantized_matmul(float32(x), *parts, bits), wanted, 3e-6)
+
+
+def test_large_quantized_products_are_computed_in_chunks() -> None:
+    """On all threads, the last chunk being smaller."""
+    parts = mx.quantize(float32(normal(3001, 512, seed=1)), 64, 4)
+    matrix = np.array(mx.dequantize(*parts, 64, 4), np.float64)
+    for rows in (1, 6, 30):
+        x = normal(rows, 512, seed=rows)
+        close(_kernels.quantized_matmul(float32(x), *parts, 4), x @ matrix.T, 3e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 64), (3, 17), (2, 5, 192), (7,), (1, 1)])
 def test_norms(shape: tuple[int, ...]) -> None:
     x, weight = normal(*shape, scale=3), normal(shape[-1], seed=1)
@@ -172,6 +193,11 @@ def test_what_does_not_fit_is_refused() -> None:
     turns = mx.zeros((1, 3, 8))
     for call in (
         lambda: _kernels.rms_norm(mx.zeros((2, 8)), mx.zeros(7), 1e-6),
+        lambda: _kernels.quantized_matmul(
+            mx.zeros((1, 96)), *mx.quantize(mx.zeros((8, 96)), 32), 4
+        ),
+        lambda: _kernels.quantized_matmul(mx.zeros((1, 64)), *mx.quantize(mx.zeros((8, 64))), 8),
+        lambda: _kernels.quantized_matmul(mx.zeros((1, 64)), *mx.quantize(mx.zeros((8, 64))), 3),
         lambda: _kernels.rms_norm(mx.zeros((2, 8), mx.float16), mx.zeros(8), 1e-6),
         lambda: _kernels.swiglu(mx.zeros((2, 7))),
         lambda: _kernels.rope_turns(mx.zeros((1, 3)), 8, 1e4),

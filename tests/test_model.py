@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, device, load
+from mlx_openelm import InputError, OpenELM, device, kernels, load
 from mlx_openelm.cache import FIRST_CAPACITY
 from mlx_openelm.model import LENGTHS, SHORT
 from mlx_openelm.quantization import Quantization, Scheme, quantize
@@ -18,11 +18,14 @@ from .models import CONFIGS, UNEVEN, random_model
 
 BOUND = 1e-4  # max abs difference of float32 logits; they are of the order of 1 to 10
 POLICIES = {
-    "native, compiled": device.Policy("CPU", mx.float32, native=True),
-    "native": device.Policy("CPU", mx.float32, native=True, compiled=False),
     "MLX's kernels, compiled": device.Policy("a GPU"),
     "MLX's kernels": device.Policy("a GPU", compiled=False),
 }
+if kernels.missing is None:
+    POLICIES |= {
+        "native, compiled": device.Policy("CPU", mx.float32, native=True),
+        "native": device.Policy("CPU", mx.float32, native=True, compiled=False),
+    }
 
 
 def tokens_for(vocab: int, batch: int, length: int, seed: int = 1) -> np.ndarray:
@@ -104,11 +107,13 @@ def test_last_only_is_the_last_position(length: int, policy: str) -> None:
     ids=lambda s: f"{s.mode}-{s.bits}",
 )
 def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme) -> None:
+    native = pytest.importorskip("mlx_openelm.native", exc_type=ImportError)
     config = CONFIGS["untied"].__class__(
         **{**UNEVEN, "ffn_dim_divisor": 32, "head_dim": 16}, share_input_output_layers=False
     )
     weights = reference.random_weights(config, seed=0)
     stored, dequantized = {}, {}
+    multiplied = set()  # as they are
     for name, value in weights.items():
         array = mx.array(value)
         stored[name], dequantized[name] = array, value
@@ -116,14 +121,18 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme)
             matrix = quantize(array, scheme)
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{part}": a for part, a in matrix.arrays()}
+            if native.multiplies(matrix):
+                multiplied |= {f"{module}.{part}" for part, _ in matrix.arrays()}
             dequantized[name] = np.array(matrix.take(mx.arange(array.shape[0]), mx.float32))
     tokens = tokens_for(config.vocab_size, 2, 12)
     wanted = reference.logits(config, dequantized, tokens)
     for memory in (0, 1 << 20):
         policy = device.Policy("CPU", mx.float32, native=True, memory=memory)
         model = OpenELM(config, stored, Quantization(scheme), policy=policy)
-        assert model.parameters().keys() == (dequantized if memory else stored).keys()
+        kept = stored.keys() if memory == 0 else dequantized.keys() | multiplied
+        assert model.parameters().keys() == kept
         assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
+    assert bool(multiplied) == (scheme.mode == "affine" and scheme.bits in (4, 8))
 
 
 def test_parameters_are_the_tensors_it_was_made_of() -> None:
@@ -191,7 +200,7 @@ def test_sequences_of_different_lengths_share_a_cache(policy: str) -> None:
 def test_a_step_is_compiled_once_a_shape_and_memory_is_the_caches() -> None:
     """3,000 tokens: one trace for every capacity, and no memory but the buffers."""
     config = CONFIGS["uneven"].__class__(**{**UNEVEN, "max_context_length": 4096})
-    model = random_model(config, POLICIES["native, compiled"])
+    model = random_model(config, POLICIES["MLX's kernels, compiled"])
     cache = model.make_cache()
     mx.eval(model(mx.array([[1]]), cache), cache.buffers)
     mx.clear_cache()
@@ -208,7 +217,7 @@ def test_a_step_is_compiled_once_a_shape_and_memory_is_the_caches() -> None:
 
 
 def test_steps_of_many_lengths_are_few_shapes() -> None:
-    model = random_model(CONFIGS["uneven"], POLICIES["native, compiled"])
+    model = random_model(CONFIGS["uneven"], POLICIES["MLX's kernels, compiled"])
     for length in range(1, 130):
         model(mx.zeros((1, length), mx.int32), last_only=True)
     assert model.traces == len([n for n in LENGTHS if n < 130]) + 1
@@ -216,7 +225,7 @@ def test_steps_of_many_lengths_are_few_shapes() -> None:
 
 def test_short_steps_are_compiled_when_their_length_comes_again() -> None:
     """Once it is cheaper done than traced; a single token's step comes again for sure."""
-    policy = replace(POLICIES["native, compiled"], compile_after=2)
+    policy = replace(POLICIES["MLX's kernels, compiled"], compile_after=2)
     model = random_model(CONFIGS["uneven"], policy)
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2]])
     logits = [model(tokens) for _ in range(5)]

@@ -11,15 +11,11 @@
 
    No Python and no BLAS is needed to compile this: C11, POSIX threads, GCC's vector extensions. */
 
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 
-#define EXPORT __attribute__((visibility("default")))
+#include "pool.h"
 
 /* ---- Vectors ------------------------------------------------------------------------------ */
 
@@ -238,7 +234,8 @@ SIMD static void chunk_plain(const product *p, ptrdiff_t start, ptrdiff_t end) {
 static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n);
 
 /* Chunks are numbered by rows, then by columns. */
-static void chunk(const product *p, ptrdiff_t index) {
+static void chunk(const void *context, ptrdiff_t index) {
+  const product *p = context;
   const ptrdiff_t across = (p->N + p->columns - 1) / p->columns;
   const ptrdiff_t start = index % across * p->columns;
   const ptrdiff_t end = start + p->columns < p->N ? start + p->columns : p->N;
@@ -248,153 +245,15 @@ static void chunk(const product *p, ptrdiff_t index) {
     (p->trans_b == NO_TRANS ? chunk_plain : chunk_transposed)(p, start, end);
 }
 
-/* ---- Threads ------------------------------------------------------------------------------ */
-
-/* Workers take a product's chunks from a common counter, and so does the caller: one that wakes
-   late, or loses its core to somebody else, holds up nobody for longer than one chunk. MLX calls
-   from as many threads as it has streams: each has a core then, and workers have the others. */
-
-#define MOST_THREADS 64
-#define MOST_CALLERS 4 /* who get help */
 #define SMALL 50000 /* a matrix of so many values isn't worth a second thread */
 #define CHUNK 32768 /* values of B in a chunk, about */
 #define SHARED 2000000 /* products of values that are worth passing on in parts */
 #define PARTS 2 /* for each thread */
 #define PART 64 /* rows or columns of a part, a multiple of that */
-#define SPIN 50000 /* nanoseconds that an idle worker looks for the next product before it sleeps */
 
-static atomic_int most_threads = 1; /* workers may exist already when it is set */
-
-typedef struct {
-  atomic_flag taken;           /* by a caller */
-  atomic_ptrdiff_t left, done; /* chunks not yet begun; chunks finished */
-  product product;
-} job;
-
-static struct {
-  pthread_mutex_t lock; /* for starting threads, and for going to sleep */
-  pthread_cond_t work;
-  atomic_int workers, sleeping, callers;
-  job jobs[MOST_CALLERS];
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
-
-/* Computes a chunk if one is left. The product can't change under it: its caller waits for `done`. */
-static int take(job *j) {
-  ptrdiff_t left = atomic_load(&j->left);
-  do {
-    if (left <= 0) return 0;
-  } while (!atomic_compare_exchange_weak(&j->left, &left, left - 1));
-  chunk(&j->product, left - 1);
-  atomic_fetch_add(&j->done, 1);
-  return 1;
-}
-
-/* Tells the processor that this is a loop that waits. */
-static void pause_briefly(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-static int64_t now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
-
-/* The product that the worker of this number, from 1 on, can help with, if there is a core for it. */
-static job *wanting(intptr_t worker) {
-  if (worker + atomic_load(&pool.callers) > most_threads) return NULL;
-  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++)
-    if (atomic_load(&j->left) > 0) return j;
-  return NULL;
-}
-
-static void *work(void *number) {
-  const intptr_t worker = (intptr_t)number;
-  for (;;) {
-    job *j = wanting(worker);
-    for (int64_t end = now() + SPIN; !j && now() < end; j = wanting(worker)) sched_yield();
-    if (!j) {
-      pthread_mutex_lock(&pool.lock);
-      atomic_fetch_add(&pool.sleeping, 1);
-      while (!(j = wanting(worker))) pthread_cond_wait(&pool.work, &pool.lock);
-      atomic_fetch_sub(&pool.sleeping, 1);
-      pthread_mutex_unlock(&pool.lock);
-    }
-    take(j);
-  }
-  return NULL;
-}
-
-static void wake(void) {
-  if (!atomic_load(&pool.sleeping)) return;
-  pthread_mutex_lock(&pool.lock);
-  pthread_cond_broadcast(&pool.work);
-  pthread_mutex_unlock(&pool.lock);
-}
-
-/* A forked child has none of its parent's threads, and what they held is not free. */
-static void forked(void) {
-  pthread_mutex_init(&pool.lock, NULL);
-  pthread_cond_init(&pool.work, NULL);
-  atomic_store(&pool.workers, 0);
-  atomic_store(&pool.sleeping, 0);
-  atomic_store(&pool.callers, 0);
-  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++) {
-    atomic_flag_clear(&j->taken);
-    atomic_store(&j->left, 0);
-  }
-}
-
-static void start_workers(int count) {
-  static int registered = 0;
-  pthread_mutex_lock(&pool.lock);
-  if (!registered) registered = !pthread_atfork(NULL, NULL, forked);
-  for (intptr_t n = atomic_load(&pool.workers) + 1; n <= count; n++) {
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, work, (void *)n)) break;
-    pthread_detach(thread);
-    atomic_store(&pool.workers, (int)n);
-  }
-  pthread_mutex_unlock(&pool.lock);
-}
-
-static job *free_job(void) {
-  for (job *j = pool.jobs; j < pool.jobs + MOST_CALLERS; j++)
-    if (!atomic_flag_test_and_set(&j->taken)) return j;
-  return NULL;
-}
-
-static void run(product *p) {
-  const int threads = most_threads < MOST_THREADS ? most_threads : MOST_THREADS;
+static void run(const product *p) {
   const ptrdiff_t across = (p->N + p->columns - 1) / p->columns;
-  const ptrdiff_t chunks = (p->M + p->rows - 1) / p->rows * across;
-  const int callers = atomic_fetch_add(&pool.callers, 1) + 1;
-  job *j = chunks > 1 && threads > 1 ? free_job() : NULL;
-  if (!j) {
-    p->rows = p->M, p->columns = p->N;
-    chunk(p, 0);
-  } else {
-    if (atomic_load(&pool.workers) < threads - 1) start_workers(threads - 1);
-    j->product = *p;
-    atomic_store(&j->done, 0);
-    atomic_store(&j->left, chunks);
-    if (callers < threads) wake();
-    while (take(j)) {
-    }
-    for (int i = 0; atomic_load(&j->done) < chunks; i++) {
-      if (i < 1000)
-        pause_briefly();
-      else
-        sched_yield();
-    }
-    atomic_flag_clear(&j->taken);
-  }
-  /* There is a core now for the products of the others */
-  if (atomic_fetch_sub(&pool.callers, 1) > 1) wake();
+  openelm_pool_run(chunk, p, (p->M + p->rows - 1) / p->rows * across);
 }
 
 /* ---- The function of CBLAS ---------------------------------------------------------------- */
@@ -448,7 +307,7 @@ EXPORT int sgemm_set(sgemm *following, int rows, int columns, int threads) {
   if (following) next = following;
   if (rows) most_rows = rows;
   if (columns) most_columns = columns;
-  if (threads) most_threads = threads;
+  if (threads) openelm_pool_threads(threads);
   return supported();
 }
 
@@ -471,9 +330,9 @@ static void by_rows(int trans_a, int trans_b, int M, int N, int K, float alpha, 
       return;
     }
     p.passed_on = 1;
-    if (p.M * p.N * p.K > SHARED) {
+    if (p.M * p.N * p.K > SHARED && openelm_pool_threads(0) > 1) {
       ptrdiff_t *side = M > N ? &p.rows : &p.columns;
-      const int parts = PARTS * most_threads;
+      const int parts = PARTS * openelm_pool_threads(0);
       *side = ((*side + parts - 1) / parts + PART - 1) / PART * PART;
     }
   } else {
