@@ -1,8 +1,8 @@
 """Memory for MLX's CPU backend on Linux: cpu/allocator.cpp and malloc's limits.
 
-Its operators new and delete go before the C++ library's own in whatever is loaded afterwards, as the standard
-allows a program to replace them. That can't harm code that doesn't see them: every block is one of
-malloc's.
+The operators new and delete there go before the C++ library's own in whatever is loaded afterwards,
+as the standard allows a program to replace them. That can't harm code that doesn't see them: every
+block is one of malloc's.
 """
 
 from __future__ import annotations
