@@ -1,7 +1,7 @@
 """Time what docs/performance.md says of single parts, on this machine; contestants take turns.
 
     python scripts/time_parts.py products [--threads N]     sgemm.c and OpenBLAS, by rows
-    python scripts/time_parts.py exponentials               exponential.py and MLX's operations
+    python scripts/time_parts.py kernels                    the primitives and MLX's operations
     python scripts/time_parts.py prompts [MODEL] [TOKENS]   a prompt by tokens a step, and streams
     python scripts/time_parts.py settings NAME=VALUE …      decoding with and without each of them
 
@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mlx_openelm import blas, exponential  # before mlx
+from mlx_openelm import blas  # before mlx
 
 import mlx.core as mx  # isort: skip
 
@@ -124,37 +124,72 @@ def _run(product: Product, library: ctypes.CDLL) -> Callable[[], None]:
     return run
 
 
-def exponentials() -> None:
-    """ns a value, and the largest relative error of e^x."""
-    x = -87 * mx.random.uniform(shape=(1_000_000,))
-    exact = np.exp(np.array(x, np.float64))
-    for name, function in {"mx.exp": mx.exp, "exponential.exp": exponential.exp}.items():
-        error = np.abs(np.array(mx.compile(function)(x), np.float64) / exact - 1).max()
-        print(f"{name}: relative error {error:.1e}")
-    _compare("e^x, a million values", x, mx.exp, exponential.exp)
-    for shape in ((128, 2560), (8, 448)):
-        gates = mx.random.normal(shape)
-        _compare(f"gates, {list(shape)}", gates, lambda x: x * mx.sigmoid(x), exponential.silu)
-    for shape in ((4, 256, 512), (2, 16, 128), (1, 3, 256)):
-        values = mx.random.normal((shape[0], shape[2], 64))
-        _compare(
-            f"softmax and values, {list(shape)}",
-            mx.random.normal(shape),
-            lambda x, v=values: mx.softmax(x, axis=-1) @ v,
-            lambda x, v=values: exponential.softmax_product(x, v),
-        )
+def kernels() -> None:
+    """µs of a primitive and of MLX's operations for the same, a token and a prompt's step."""
+    from mlx_openelm import _kernels
+
+    normal = mx.random.normal
+    weight, head = normal((1280,)), normal((64,))
+    packed = {bits: mx.quantize(normal((3072, 1280)), 64, bits) for bits in (4, 8)}
+    for rows in (1, 4, 256):
+        x, gates = normal((rows, 1280)), normal((rows, 2 * 1280))
+        heads, slots = normal((rows, 20 * 64)), max(256, rows)
+        positions = mx.arange(rows)[None]
+        turns = _kernels.rope_turns(positions, 64, 1e4)
+        q, kv = normal((1, 12, rows, 64)), normal((1, 8, slots, 64))
+        mask = mx.arange(slots) <= slots - rows + mx.arange(rows)[None, :, None]
+        mx.eval(x, gates, heads, turns, q, kv, mask)
+        _compare("norm", rows, _norm, partial(_kernels.rms_norm, eps=1e-6), x, weight)
+        _compare("gate", rows, _gate, lambda g, _: _kernels.swiglu(g), gates, gates)
+        _compare("heads", rows, _heads, partial(_our_heads, turns), heads, head)
+        _compare(f"attention, {slots} slots", rows, _attention, _our_attention, q, kv, mask)
+        for bits, parts in packed.items():
+            theirs = partial(mx.quantized_matmul, transpose=True, group_size=64, bits=bits)
+            ours = partial(_kernels.quantized_matmul, bits=bits)
+            _compare(f"{bits}-bit product, 3072 × 1280", rows, theirs, ours, x, *parts)
 
 
-def _compare(what: str, x: mx.array, theirs: Any, ours: Any) -> None:
-    mx.eval(x)
+def _norm(x: mx.array, weight: mx.array) -> mx.array:
+    return mx.fast.rms_norm(x, weight, 1e-6)
 
+
+def _gate(x: mx.array, _: mx.array) -> mx.array:
+    gate, up = mx.split(x, 2, axis=-1)
+    return gate * mx.sigmoid(gate) * up
+
+
+def _heads(x: mx.array, weight: mx.array) -> tuple[mx.array, ...]:
+    heads = x.reshape(1, x.shape[0], 20, 64).swapaxes(1, 2)
+    q, k, v = mx.split(heads, (12, 16), axis=1)
+    rope = partial(mx.fast.rope, dims=64, traditional=False, base=1e4, scale=1.0, offset=0)
+    return rope(_norm(q, weight)), mx.concatenate([rope(_norm(k, weight)), v], axis=1)
+
+
+def _our_heads(turns: mx.array, x: mx.array, weight: mx.array) -> tuple[mx.array, ...]:
+    from mlx_openelm import _kernels
+
+    return _kernels.heads(x, weight, weight, turns, 1, 12, 4, 1e-6)
+
+
+def _attention(q: mx.array, kv: mx.array, mask: mx.array) -> mx.array:
+    k, v = mx.split(kv, 2, axis=1)
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask[:, None])
+    return y.swapaxes(1, 2).reshape(q.shape[2], -1)
+
+
+def _our_attention(q: mx.array, kv: mx.array, mask: mx.array) -> mx.array:
+    from mlx_openelm import _kernels
+
+    return _kernels.attention(q, [kv], mask)
+
+
+def _compare(what: str, rows: int, theirs: Any, ours: Any, *x: mx.array) -> None:
     def computing(function: Any) -> Callable[[], None]:
-        compiled = mx.compile(function)
-        return lambda: mx.eval(compiled(x))
+        return lambda: mx.eval(function(*x))
 
-    runs = {"MLX": computing(theirs), "arithmetic": computing(ours)}
-    found = in_turns(runs, 15, max(1, 200_000 // x.size))
-    tell(what, found, 1e9 / x.size, 1)
+    computing(theirs)()
+    found = in_turns({"ours": computing(ours), "MLX": computing(theirs)}, 15, max(1, 30 // rows))
+    tell(f"{what}, {rows} {'row' if rows == 1 else 'rows'}", found, 1e6)
 
 
 def prompts(name: str, tokens: int) -> None:
@@ -222,7 +257,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     p = commands.add_parser("products")
     p.add_argument("--threads", type=int, default=1)
-    commands.add_parser("exponentials")
+    commands.add_parser("kernels")
     p = commands.add_parser("prompts")
     p.add_argument("model", nargs="?", default="demo:float32")
     p.add_argument("tokens", nargs="?", type=int, default=512)
@@ -232,8 +267,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "products":
         products(args.threads)
-    elif args.command == "exponentials":
-        exponentials()
+    elif args.command == "kernels":
+        kernels()
     elif args.command == "prompts":
         prompts(args.model, args.tokens)
     else:
