@@ -15,11 +15,7 @@ def library(name: str, sources: str, *options: str, **more: object) -> Extension
     return Extension(
         f"mlx_openelm.{name}",
         sources=[f"mlx_openelm/cpu/{source}" for source in sources.split()],
-        depends=[
-            "mlx_openelm/cpu/pool.h",
-            "mlx_openelm/cpu/kernels.h",
-            "mlx_openelm/cpu/vectors.h",
-        ],
+        depends=[f"mlx_openelm/cpu/{name}.h" for name in ("chunks", "kernels", "pool", "vectors")],
         extra_compile_args=[*options, "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
         optional=True,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "chunks.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -101,8 +102,9 @@ const float* rows(const Cache& c, std::ptrdiff_t head, Span s, int dim, std::vec
   return room.data();
 }
 
-constexpr int FEW = 8;      /* tokens that attend one by one */
-constexpr int BLOCK = 128;  /* of more, those that attend together */
+constexpr int FEW = 8;     /* tokens that attend one by one */
+constexpr int BLOCK = 128; /* of more, those that attend together */
+constexpr std::ptrdiff_t WORTH = 500000; /* products that are worth a second thread */
 
 struct Scratch {
   std::vector<float> scores, keys, values;
@@ -145,32 +147,33 @@ void attend_together(const float* queries, const float* keys, const float* value
 
 }  // namespace
 
-/* Later tokens see more than earlier ones, hence the blocks. */
+/* Later tokens see more than earlier ones, hence the blocks. A chunk is a key head of one block. */
 void attend(const float* queries, const Cache& cache, const bool* mask, std::ptrdiff_t mask_stride,
             float* y, Shape s) {
-  static thread_local Scratch scratch;
-  const int sharing = s.query_heads / s.kv_heads;
-  const std::ptrdiff_t y_stride = static_cast<std::ptrdiff_t>(s.query_heads) * s.dim;
-  for (int b = 0; b < s.batch; b++) {
-    for (int start = 0; start < s.length; start += BLOCK) {
-      const int tokens = std::min(BLOCK, s.length - start);
-      const bool* seen = mask + b * mask_stride + static_cast<std::ptrdiff_t>(start) * cache.slots;
-      const Span all = hull(seen, tokens, cache.slots);
-      const std::size_t n = all.end - all.first;
-      scratch.scores.resize(std::max<std::size_t>(n * (tokens > FEW ? tokens : 1), 1));
-      for (int h = 0; h < s.kv_heads; h++) {
-        const std::ptrdiff_t head = static_cast<std::ptrdiff_t>(b) * 2 * s.kv_heads + h;
-        const float* keys = rows(cache, head, all, s.dim, scratch.keys);
-        const float* values = rows(cache, head + s.kv_heads, all, s.dim, scratch.values);
-        for (int q = h * sharing; q < (h + 1) * sharing; q++) {
-          const float* its = queries + ((static_cast<std::ptrdiff_t>(b) * s.query_heads + q) *
-                                        s.length + start) * s.dim;
-          float* out = y + (static_cast<std::ptrdiff_t>(b) * s.length + start) * y_stride + q * s.dim;
-          (tokens > FEW && n > 0 ? attend_together : attend_singly)(
-              its, keys, values, seen, out, y_stride, tokens, cache.slots, all, s.dim,
-              scratch.scores.data());
-        }
-      }
-    }
-  }
+  const int sharing = s.query_heads / s.kv_heads, blocks = (s.length + BLOCK - 1) / BLOCK;
+  const std::ptrdiff_t length = s.length, y_stride = static_cast<std::ptrdiff_t>(s.query_heads) * s.dim;
+  const auto compute = [=](std::ptrdiff_t i) {
+    static thread_local Scratch scratch;
+    const std::ptrdiff_t h = i % s.kv_heads, b = i / s.kv_heads / blocks;
+    const std::ptrdiff_t start = i / s.kv_heads % blocks * BLOCK;
+    const int tokens = static_cast<int>(std::min<std::ptrdiff_t>(BLOCK, length - start));
+    const bool* seen = mask + b * mask_stride + start * cache.slots;
+    const Span all = hull(seen, tokens, cache.slots);
+    const std::size_t n = all.end - all.first;
+    scratch.scores.resize(std::max<std::size_t>(n * (tokens > FEW ? tokens : 1), 1));
+    const std::ptrdiff_t head = b * 2 * s.kv_heads + h;
+    const float* keys = rows(cache, head, all, s.dim, scratch.keys);
+    const float* values = rows(cache, head + s.kv_heads, all, s.dim, scratch.values);
+    const auto run = tokens > FEW && n > 0 ? attend_together : attend_singly;
+    for (std::ptrdiff_t q = h * sharing; q < (h + 1) * sharing; q++)
+      run(queries + ((b * s.query_heads + q) * length + start) * s.dim, keys, values, seen,
+          y + (b * length + start) * y_stride + q * s.dim, y_stride, tokens, cache.slots, all, s.dim,
+          scratch.scores.data());
+  };
+  const std::ptrdiff_t chunks = static_cast<std::ptrdiff_t>(s.batch) * blocks * s.kv_heads;
+  const std::ptrdiff_t products = static_cast<std::ptrdiff_t>(cache.slots) * s.length * s.query_heads;
+  if (products * s.dim * s.batch > WORTH)
+    in_chunks(chunks, compute);
+  else
+    for (std::ptrdiff_t i = 0; i < chunks; i++) compute(i);
 }

@@ -6,8 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pool.h"
-
 extern "C" {
 /* MLX links a BLAS; blas.py may have put a faster one before it. */
 void cblas_sgemm(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,
@@ -31,10 +29,11 @@ void unpack(const Packed& p, std::ptrdiff_t first, std::ptrdiff_t count, float* 
 void multiply(const float* x, int count, const Packed& w, int rows, int columns, float* y);
 
 /* RMSNorm (arXiv 1910.07467, equation 4) of rows of n values. */
-void norm_rows(const float* x, const float* weight, float* y, int rows, int n, float eps);
+void norm_rows(const float* x, const float* weight, float* y, std::ptrdiff_t rows, int n,
+               float eps);
 
 /* Rows of n gates and n values → gate · sigmoid(gate) · value. */
-void gate_rows(const float* x, float* y, int rows, int n);
+void gate_rows(const float* x, float* y, std::ptrdiff_t rows, int n);
 
 /* cos and sin of positions [n] times base^(-2i / dim), for each i up to dim / 2 → y [n, dim]. */
 void turn_table(const std::int32_t* positions, float* y, std::size_t n, int dim, double base);

@@ -73,8 +73,9 @@ bool is_float(const array& x) { return x.dtype() == mx::float32; }
 Arrays kernel(const char* name, std::vector<mx::Shape> shapes, Arrays inputs, Plan plan) {
   const mx::Stream stream = mx::to_stream({});
   expect(stream.device == mx::Device::cpu, "the kernels are for CPUs");
+  const std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
   return array::make_arrays(
-      std::move(shapes), std::vector<mx::Dtype>(shapes.size(), mx::float32),
+      std::move(shapes), dtypes,
       std::make_shared<Kernel>(stream, name, std::move(plan)), std::move(inputs));
 }
 
@@ -108,7 +109,7 @@ array rms_norm(const array& x, const array& weight, float eps) {
          "rms_norm: x [..., n] and weight [n] must be float32");
   return kernel("RMSNorm", {x.shape()}, {x, weight}, [n, eps](const Arrays& in, Arrays& out) {
     return [=, x = in[0].data<float>(), weight = in[1].data<float>(), y = out[0].data<float>(),
-            rows = static_cast<int>(in[0].size() / n)] { norm_rows(x, weight, y, rows, n, eps); };
+            rows = static_cast<std::ptrdiff_t>(in[0].size() / n)] { norm_rows(x, weight, y, rows, n, eps); };
   })[0];
 }
 
@@ -119,7 +120,7 @@ array swiglu(const array& x) {
   const int n = shape.back() /= 2;
   return kernel("SwiGLU", {shape}, {x}, [n](const Arrays& in, Arrays& out) {
     return [=, x = in[0].data<float>(), y = out[0].data<float>(),
-            rows = static_cast<int>(out[0].size() / n)] { gate_rows(x, y, rows, n); };
+            rows = static_cast<std::ptrdiff_t>(out[0].size() / n)] { gate_rows(x, y, rows, n); };
   })[0];
 }
 

@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "chunks.h"
 #include "kernels.h"
 #include "vectors.h"
-
-/* The library of sgemm.c, if it is loaded. */
-#pragma weak openelm_pool_run
 
 namespace {
 
@@ -158,22 +156,19 @@ SIMD void few_8(const Rows& x, int count, const Packed& w, int columns, int rows
 
 /* ---- In chunks ------------------------------------------------------------------------------ */
 
-constexpr int FEW = 8;            /* rows that aren't worth unpacking the matrix for */
-constexpr int CHUNK = 32768;      /* values of a chunk of the matrix, about */
-constexpr int UNPACKED = 131072;  /* the same, unpacked: half of a cache of a megabyte */
+constexpr int FEW = 8;           /* rows that aren't worth unpacking the matrix for */
+constexpr int UNPACKED = 131072; /* values of an unpacked chunk: half of a cache of a megabyte */
 
 struct Product {
   const float* x;
   const float* sums;
-  int count, rows, columns, chunk;
+  int count, rows, columns;
   Packed w;
   float* y;
 };
 
 /* `x` and `sums` are reordered, MOST rows at a time. */
-void chunk_few(const void* context, std::ptrdiff_t index) {
-  const Product& p = *static_cast<const Product*>(context);
-  const int first = static_cast<int>(index) * p.chunk, end = std::min(first + p.chunk, p.rows);
+void multiply_few(const Product& p, int first, int end) {
   for (std::ptrdiff_t row = 0; row < p.count; row += MOST) {
     const Rows x = {p.x + row * p.columns, p.sums + row * p.columns * p.w.bits / 32};
     const int count = std::min<int>(p.count - row, MOST);
@@ -181,14 +176,12 @@ void chunk_few(const void* context, std::ptrdiff_t index) {
   }
 }
 
-void chunk_many(const void* context, std::ptrdiff_t index) {
+void multiply_unpacked(const Product& p, int first, int end) {
   static thread_local std::vector<float> values;
-  const Product& p = *static_cast<const Product*>(context);
-  const int first = static_cast<int>(index) * p.chunk, count = std::min(p.chunk, p.rows - first);
-  const std::ptrdiff_t n = static_cast<std::ptrdiff_t>(count) * p.columns;
+  const std::ptrdiff_t n = static_cast<std::ptrdiff_t>(end - first) * p.columns;
   values.resize(n);
   unpack(p.w, static_cast<std::ptrdiff_t>(first) * p.columns, n, values.data());
-  cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, p.count, count, p.columns, 1, p.x, p.columns,
+  cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, p.count, end - first, p.columns, 1, p.x, p.columns,
               values.data(), p.columns, 0, p.y + first, p.rows);
 }
 
@@ -201,7 +194,7 @@ void unpack(const Packed& p, std::ptrdiff_t first, std::ptrdiff_t count, float* 
 
 void multiply(const float* x, int count, const Packed& w, int rows, int columns, float* y) {
   static thread_local std::vector<float> values, sums;
-  Product p = {x, nullptr, count, rows, columns, 0, w, y};
+  Product p = {x, nullptr, count, rows, columns, w, y};
   const bool is_few = count <= FEW;
   if (is_few) {
     const std::ptrdiff_t words = static_cast<std::ptrdiff_t>(columns) * w.bits / 32;
@@ -212,11 +205,9 @@ void multiply(const float* x, int count, const Packed& w, int rows, int columns,
               values.data() + row * columns, sums.data() + row * words);
     p.x = values.data(), p.sums = sums.data();
   }
-  p.chunk = (is_few ? CHUNK : UNPACKED) / columns + 1;
-  const std::ptrdiff_t chunks = (rows + p.chunk - 1) / p.chunk;
-  pool_chunk* compute = is_few ? chunk_few : chunk_many;
-  if (openelm_pool_run != nullptr)
-    openelm_pool_run(compute, &p, chunks);
-  else
-    for (std::ptrdiff_t i = 0; i < chunks; i++) compute(&p, i);
+  const int size = static_cast<int>((is_few ? CHUNK : UNPACKED) / columns) + 1;
+  in_chunks((rows + size - 1) / size, [&](std::ptrdiff_t i) {
+    const int first = static_cast<int>(i) * size, end = std::min(first + size, rows);
+    (is_few ? multiply_few : multiply_unpacked)(p, first, end);
+  });
 }
