@@ -30,9 +30,6 @@ KERNEL = next(Path(__file__).parent.glob("_sgemm.*so"), None)
 in_use: str | None = None
 """What MLX multiplies float32 matrices with, in words; None: its own BLAS."""
 
-side_by_side = False
-"""Whether products that several threads ask for at once share the cores, if there are several."""
-
 
 def load() -> None:
     """Load the system's fast BLAS, or what `VARIABLE` names, and the kernel, unless MLX is there.
@@ -80,7 +77,6 @@ def _find(wanted: str | None) -> str | None:
 
 def _load_kernel(name: str | None) -> bool:
     """Whether products go to the kernel now, and what it leaves to `name` or else to MLX's BLAS."""
-    global side_by_side
     if KERNEL is None or not ctypes.CDLL(str(KERNEL), mode=os.RTLD_LOCAL).sgemm_set(None, 0, 0, 0):
         return False
     kernel = ctypes.CDLL(str(KERNEL), mode=ctypes.RTLD_GLOBAL)
@@ -88,19 +84,18 @@ def _load_kernel(name: str | None) -> bool:
         return False
     following = name or _libmlx()
     most = 0 if name else 2**31 - 1  # rows and columns: at any size it is faster than MLX's
-    threads = _threads()
     library = ctypes.CDLL(following) if following else None
-    kernel.sgemm_set(library and _sgemm(library), most, most, threads)
-    shares = library is None or name is None or _one_thread(kernel, library)
-    side_by_side = shares and threads > 1
+    kernel.sgemm_set(library and _sgemm(library), most, most, _threads())
+    if library is not None and name is not None:
+        _share(kernel, library)
     return True
 
 
-def _one_thread(kernel: ctypes.CDLL, library: ctypes.CDLL) -> bool:
+def _share(kernel: ctypes.CDLL, library: ctypes.CDLL) -> None:
     """Let the kernel's threads, not its own, share what the BLAS computes, if it can be told so.
 
     With its own, it lets no other caller compute at the same time. An OpenBLAS that was built
-    without threads may even be wrong when called by several.
+    without threads may even be wrong when called by several: the kernel calls it one at a time.
     """
     setting = None
     if hasattr(library, "openblas_get_parallel"):
@@ -110,13 +105,12 @@ def _one_thread(kernel: ctypes.CDLL, library: ctypes.CDLL) -> bool:
         elif kind == _OPENMP:
             setting = library.omp_set_num_threads
         else:
-            return False
+            return
     elif hasattr(library, "MKL_Set_Num_Threads_Local"):
         setting = library.MKL_Set_Num_Threads_Local
     else:
-        return False
+        return
     kernel.sgemm_share(setting and ctypes.cast(setting, ctypes.c_void_p))
-    return True
 
 
 def _sgemm(library: ctypes.CDLL) -> ctypes.c_void_p:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from . import device
 from .cache import KVCache
 from .errors import InputError
 from .model import OpenELM
@@ -67,8 +66,7 @@ def prefill(
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
-    Chunks may run side by side: in every layer the later one only waits for the keys and values
-    of the earlier one. `progress` is called with (tokens done, tokens in all) after them.
+    `progress` is called with (tokens done, tokens in all) between the chunks.
 
     Raises:
         InputError: when the prompt doesn't fit into the context.
@@ -83,15 +81,12 @@ def prefill(
             f"context of {model.config.max_context_length}; shorten it, or let the context slide "
             "with --max-kv-size (max_kv_size= in Python)"
         )
-    streams = device.streams(model.policy.prefill_streams)
     while True:
-        for stream in streams:
-            count = cache.longest_step(min(step_size, total - done))
-            with mx.stream(stream):
-                logits = model(rows[:, done : done + count], cache, last_only=True)
-            done += count
-            if done == total:
-                return logits[:, 0]
+        count = cache.longest_step(min(step_size, total - done))
+        logits = model(rows[:, done : done + count], cache, last_only=True)
+        done += count
+        if done == total:
+            return logits[:, 0]
         mx.eval(cache.buffers)
         mx.clear_cache()
         if progress:

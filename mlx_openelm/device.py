@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ class Policy:
         compiled: steps are compiled.
         compile_after: how many short steps of a length aren't: tracing takes longer than they do.
         prefill_step: tokens of a prompt that one step takes.
-        prefill_streams: how many such steps run side by side, each on a stream of its own.
         memory: bytes that quantized weights may take when they are dequantized once, at load,
             unless the kernels multiply them fast as they are; 0: all are multiplied so.
     """
@@ -39,7 +37,6 @@ class Policy:
     compiled: bool = True
     compile_after: int = 0
     prefill_step: int = 512
-    prefill_streams: int = 1
     memory: int = 0
 
     def dequantize(self, config: OpenELMConfig) -> bool:
@@ -54,8 +51,6 @@ class Policy:
             "own kernels" if self.native else "MLX's kernels",
             "compiled" if self.compiled else "not compiled",
         ]
-        if self.prefill_streams > 1:
-            parts.append(f"{self.prefill_streams} steps of a prompt side by side")
         if self.memory:
             which = "but for 4 and 8 bits " if self.native else ""
             parts.append(f"quantized weights {which}dequantized once where memory allows")
@@ -78,8 +73,6 @@ def policy() -> Policy:
         mx.float32,
         native=kernels.missing is None,
         compiled=False,
-        prefill_step=256,
-        prefill_streams=2 if blas.side_by_side else 1,
         memory=_available_memory() // 2,
     )
 
@@ -91,21 +84,6 @@ def _cpu() -> str:
     if kernels.missing:
         parts.append(f"no kernels of its own ({kernels.missing})")
     return ", ".join(parts)
-
-
-def streams(count: int) -> list[mx.Stream | mx.ThreadLocalStream]:
-    """Streams of MLX's default device, the default one first, then ones that are made once.
-
-    What is computed on one of them doesn't wait for what is on another.
-    """
-    default = mx.default_device()
-    further = _further_streams(default.type, count - 1)
-    return [mx.default_stream(default), *further]
-
-
-@functools.cache
-def _further_streams(kind: mx.DeviceType, count: int) -> list[mx.ThreadLocalStream]:
-    return [mx.new_thread_local_stream(kind) for _ in range(count)]
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

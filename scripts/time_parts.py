@@ -2,7 +2,7 @@
 
     python scripts/time_parts.py products [--threads N]     sgemm.c and OpenBLAS, by rows
     python scripts/time_parts.py kernels                    the primitives and MLX's operations
-    python scripts/time_parts.py prompts [MODEL] [TOKENS]   a prompt by tokens a step, and streams
+    python scripts/time_parts.py prompts [MODEL] [TOKENS]   a prompt by tokens a step
     python scripts/time_parts.py settings NAME=VALUE …      decoding with and without each of them
 
 MODEL is as in the benchmarks: demo:float32, random:OpenELM-270M:float32, …
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import itertools
 import os
 import subprocess
@@ -199,20 +198,15 @@ def prompts(name: str, tokens: int) -> None:
     from mlx_openelm.decoding import prefill
 
     model = load_model(model_directory(name))
-    policy = model.policy
     prompt = mx.random.randint(3, model.config.vocab_size, (tokens,))
 
-    def read(step: int, streams: int) -> None:
-        model.policy = dataclasses.replace(policy, prefill_streams=streams)
+    def read(step: int) -> None:
         mx.eval(prefill(model, prompt, model.make_cache(), step))
 
     print(f"ms, {name}, {tokens} tokens: median (minimum)")
-    most = 2 if blas.side_by_side else 1
-    for step in (64, 128, 256, 512):
-        runs = {
-            f"streams {streams}:": partial(read, step, streams) for streams in range(1, most + 1)
-        }
-        tell(f"{step} tokens a step", in_turns(runs, 7), 1e3, 1)
+    steps = (64, 128, 256, 512, 1024)
+    for step, seconds in in_turns({str(step): partial(read, step) for step in steps}, 7).items():
+        tell(f"{step} tokens a step", {"": seconds}, 1e3, 1)
 
 
 DECODE = """

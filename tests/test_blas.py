@@ -439,21 +439,15 @@ def test_threads_are_as_many_as_openmp_is_told(
 
 
 def test_openblas_leaves_the_threads_to_the_kernel(openblas: str) -> None:
-    """Else a prompt's two streams would wait for each other at every product."""
     if blas.KERNEL is None or "openblas" not in openblas:
         pytest.skip("the kernel isn't built, or it's not OpenBLAS")
-    code = "import ctypes, mlx_openelm as m; print(m.blas.side_by_side, "
-    code += f"ctypes.CDLL({openblas!r}).openblas_get_num_threads())"
-    for threads, streams in [("2", True), ("1", False)]:
-        result = python(code, MLX_OPENELM_BLAS="", OMP_NUM_THREADS=threads)
-        assert result.stdout.split() == [str(streams), "1"]
-    own = python("import mlx_openelm as m; print(m.blas.side_by_side)", MLX_OPENELM_BLAS="own",
-                 OMP_NUM_THREADS="2")  # fmt: skip
-    assert own.stdout.strip() == "True"
+    code = f"import ctypes, mlx_openelm; b = ctypes.CDLL({openblas!r})\n"
+    code += "print(b.openblas_get_num_threads())"
+    assert python(code, MLX_OPENELM_BLAS="", OMP_NUM_THREADS="2").stdout.strip() == "1"
 
 
 @pytest.mark.parametrize(
-    ("functions", "side_by_side"),
+    ("functions", "shared"),
     [
         ("int openblas_get_parallel(void) { return 0; }", False),  # perhaps not safe to share
         ("int openblas_get_parallel(void) { return 2; } void omp_set_num_threads(int n) {}", True),
@@ -461,17 +455,43 @@ def test_openblas_leaves_the_threads_to_the_kernel(openblas: str) -> None:
         ("", False),
     ],
 )
-def test_a_blas_that_keeps_its_threads_is_called_by_one_at_a_time(
-    tmp_path: Path, functions: str, side_by_side: bool
+def test_only_a_blas_that_leaves_the_threads_to_others_gets_parts(
+    tmp_path: Path, functions: str, shared: bool
 ) -> None:
     if blas.KERNEL is None or not shutil.which("cc"):
         pytest.skip("the kernel isn't built, or no compiler")
     source, library = tmp_path / "some.c", tmp_path / "some.so"
-    source.write_text("void cblas_sgemm(void) {}\n" + functions)
+    counting = "int calls; void cblas_sgemm(void) { __sync_fetch_and_add(&calls, 1); }\n"
+    source.write_text(counting + functions)
     subprocess.run(["cc", "-w", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
-    code = "import mlx_openelm as m; print(m.blas.in_use, m.blas.side_by_side)"
+    code = "import ctypes, mlx_openelm as m, mlx.core as mx; x = mx.ones((200, 200)); "
+    code += "mx.eval(x @ x); b = ctypes.CDLL(m.blas.os.environ[m.blas.VARIABLE]); "
+    code += "print(m.blas.in_use, ctypes.c_int.in_dll(b, 'calls').value)"
     result = python(code, MLX_OPENELM_BLAS=str(library), OMP_NUM_THREADS="2")
-    assert result.stdout.strip() == f"some.so, few rows: own kernel {side_by_side}"
+    assert result.stdout.strip() == f"some.so, few rows: own kernel {4 if shared else 1}"
+
+
+def test_a_blas_that_keeps_its_threads_is_called_by_one_at_a_time(kernel: Kernel) -> None:
+    kernel.set()
+    calling, most = 0, 0
+
+    def slow(*_: Any) -> None:
+        nonlocal calling, most
+        calling += 1
+        most = max(most, calling)
+        time.sleep(0.005)
+        calling -= 1
+
+    kernel.pass_on_to(slow)
+    x = np.ones((100, 100), np.float32)
+
+    def product(_: int) -> None:
+        c = np.empty_like(x)
+        kernel(ROW_MAJOR, NO_TRANS, TRANS, 100, 100, 100, 1.0, x, 100, x, 100, 0.0, c, 100)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(product, range(12)))
+    assert most == 1
 
 
 def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:

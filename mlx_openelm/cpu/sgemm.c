@@ -11,6 +11,7 @@
 
    No Python and no BLAS is needed to compile this: C11, POSIX threads, GCC's vector extensions. */
 
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -276,7 +277,9 @@ static void plain(int order, int trans_a, int trans_b, int M, int N, int K, floa
 }
 
 static sgemm *next = plain; /* who takes what is not for this kernel */
-static int shares;          /* whether `next` uses one thread, so that workers can help */
+static int shares; /* whether `next` uses one thread, so that workers can help */
+/* Else it may have threads of its own, or not be made for several callers. */
+static pthread_mutex_t next_lock = PTHREAD_MUTEX_INITIALIZER;
 static void (*set_threads)(int); /* how many `next` uses when this thread calls; if need be */
 
 static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n) {
@@ -326,7 +329,9 @@ static void by_rows(int trans_a, int trans_b, int M, int N, int K, float alpha, 
   if (trans_a != NO_TRANS || M > most_rows ||
       (trans_b == NO_TRANS && M > 1 && N > most_columns) || !supported()) {
     if (!shares) {
+      pthread_mutex_lock(&next_lock);
       next(ROW_MAJOR, trans_a, trans_b, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+      pthread_mutex_unlock(&next_lock);
       return;
     }
     p.passed_on = 1;
