@@ -16,7 +16,7 @@ def library(name: str, sources: str, *options: str, **more: object) -> Extension
         f"mlx_openelm.{name}",
         sources=[f"mlx_openelm/cpu/{source}" for source in sources.split()],
         depends=[f"mlx_openelm/cpu/{name}.h" for name in ("chunks", "kernels", "pool", "vectors")],
-        extra_compile_args=[*options, "-fvisibility=hidden", "-pthread"],
+        extra_compile_args=[*options, "-g0", "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
         optional=True,
         **more,
