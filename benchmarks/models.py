@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__, device
+from mlx_openelm import __version__, device, kernels
 from mlx_openelm.checkpoint import read_arrays
 from mlx_openelm.config import PUBLISHED, OpenELMConfig, read_json_object
 from mlx_openelm.convert.checkpoint import open_directory
@@ -138,7 +138,8 @@ def held_bytes(one: Target, peer: str) -> int:
         return model.bytes
     if model.stored in DTYPES:
         return (policy.dtype or getattr(mx, model.stored)).size * model.parameters
-    return 4 * model.parameters if policy.dequantize(one.config) else model.bytes
+    packed = policy.native and model.stored in [f"{bits}bit" for bits in kernels.PACKED_BITS]
+    return model.bytes if packed or not policy.dequantize(one.config) else 4 * model.parameters
 
 
 def cache_directory() -> Path:

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 VARIABLE = "MLX_OPENELM_KERNELS"  # "0": do without
 
+PACKED_BITS = (4, 8)  # of matrices that they multiply as they are stored
+
 missing: str | None = None
 """Why there are none, in words; None: they are there."""
 

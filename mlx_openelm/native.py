@@ -11,6 +11,7 @@ import mlx.core as mx
 from . import _kernels
 from .cache import Buffer, View, write
 from .config import OpenELMConfig
+from .kernels import PACKED_BITS
 from .network import Step, silu
 from .quantization import Matrix, Scheme
 from .weights import Layer, Weights
@@ -21,9 +22,8 @@ def multiplies(matrix: Matrix) -> bool:
     scheme = matrix.scheme
     if scheme is None:
         return True
-    fits = scheme.mode == "affine" and scheme.bits in (4, 8)
-    # Eight words are taken at once
-    return fits and matrix.weight.shape[1] % 8 == 0
+    words = matrix.weight.shape[1]  # eight are taken at once
+    return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
 
 def product(matrix: Matrix, x: mx.array) -> mx.array:
