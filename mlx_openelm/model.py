@@ -55,7 +55,7 @@ class OpenELM:
         self._formulation = _formulation(self.policy, dtype)
         if quantization is not None and self.policy.dequantize(config):
             self.weights = dequantize(self.weights, dtype, self._formulation.multiplies)
-        self.traces = 0  # how often a step has been built: compiled ones are built once a shape
+        self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
 
@@ -117,7 +117,7 @@ class OpenELM:
             starts: mx.array | None,
             max_size: mx.array | None,
         ) -> _Out:
-            self.traces += 1
+            self.traces += self.policy.compiled
             seen = view(offset, tokens.shape[1], buffers[0][0].shape[2], max_size, starts)
             return run(tokens, buffers, seen, last if last_only else None)
 

@@ -13,7 +13,9 @@ ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
 ALLOWANCE = 1.1  # plain steps that may be lost to finding out, at the start...
-RISK = 2.5  # ...or to what promises a gain...
+RISK = (
+    2.5  # ...or to what promises a gain, and twice as many to what promises to double the speed...
+)
 SLACK = 0.015  # ...and the share of all time that may be, afterwards
 BUILT = 1.0  # plain steps that a round may be said to have lost which was slow to be built
 CREDIT = 10.0  # plain steps gained that may be lost again
@@ -164,7 +166,8 @@ class Pace:
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
         for kind in kinds:
             for n, steps, gain in self._promises(kind):
-                allowed = left + (RISK if gain > WORTHWHILE else ALLOWANCE - self._owed)
+                risk = RISK * min(gain, 2.0) if gain > WORTHWHILE else ALLOWANCE - self._owed
+                allowed = left + risk
                 # At worst it gives one token.
                 if gain > most and n <= longest and steps - 1 <= allowed:
                     best, most = (kind, n), gain

@@ -161,7 +161,7 @@ def test_steps_that_are_built_in_a_round_count_neither_as_its_cost_nor_in_full_a
     pace = after(2, built=True)
     assert pace.costs.round(sure, 4) < 2
     assert pace.choose([sure], 16) is not None
-    assert after(3, built=True).choose([sure], 16) is None
+    assert after(6, built=True).choose([sure], 16) is None
     assert after(3, built=False).costs.round(sure, 4) == 20
 
 
