@@ -12,7 +12,12 @@ MLX_VERSION: str
 """The version of MLX they were compiled for."""
 
 def quantized_matmul(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bits: int,
+    add: mx.array | None = None,
 ) -> mx.array:
     """`x` · Wᵀ, where W is what `mx.quantize` makes in affine mode; in float32 arithmetic.
 
@@ -21,6 +26,7 @@ def quantized_matmul(
         weight: [rows, columns · bits / 32] uint32; columns must be a multiple of 256 / bits.
         scales, biases: [rows, columns / group_size].
         bits: 4 or 8.
+        add: [R, rows], what the product is added to.
 
     Returns:
         [R, rows].

@@ -26,19 +26,14 @@ def multiplies(matrix: Matrix) -> bool:
     return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
 
-def product(matrix: Matrix, x: mx.array) -> mx.array:
-    """`x` [rows, columns] → `x @ matrix.T`."""
+def product(matrix: Matrix, x: mx.array, add: mx.array | None = None) -> mx.array:
+    """`x` [rows, columns] → `x @ matrix.T`, or `add + x @ matrix.T`."""
     if matrix.scheme is None or not multiplies(matrix):
-        return matrix(x)
+        return matrix(x) if add is None else matrix.add_to(add, x)
     assert matrix.scales is not None and matrix.biases is not None
     return _kernels.quantized_matmul(
-        x, matrix.weight, matrix.scales, matrix.biases, matrix.scheme.bits
+        x, matrix.weight, matrix.scales, matrix.biases, matrix.scheme.bits, add
     )
-
-
-def add_product(y: mx.array, matrix: Matrix, x: mx.array) -> mx.array:
-    """`y` [rows, …] and `x` [rows, columns] → `y + x @ matrix.T`."""
-    return matrix.add_to(y, x) if matrix.scheme is None else y + product(matrix, x)
 
 
 def attention(
@@ -98,9 +93,9 @@ def make_step(config: OpenELMConfig, weights: Weights, scheme: Scheme | None = N
             h, buffer = attention(config, layer, h, buffer, view, turns, scheme, only)
             if only is not None:
                 x = mx.take(x.reshape(B, L, -1), only, axis=1).reshape(B, -1)
-            x = add_product(x, layer.out_proj, h)
+            x = product(layer.out_proj, h, add=x)
             h = feed_forward(config, layer, _kernels.rms_norm(x, layer.ffn_norm, eps))
-            x = add_product(x, layer.proj_2, h)
+            x = product(layer.proj_2, h, add=x)
             new.append(buffer)
         logits = product(weights.lm_head, _kernels.rms_norm(x, weights.norm, eps))
         return logits.reshape(B, -1, logits.shape[-1]), new

@@ -48,6 +48,8 @@ def test_quantized_products(columns: int, bits: int, group: int, rows: int) -> N
     x, parts = normal(rows, columns), mx.quantize(float32(normal(333, columns, seed=1)), **scheme)
     wanted = x @ np.array(mx.dequantize(*parts, **scheme), np.float64).T
     close(_kernels.quantized_matmul(float32(x), *parts, bits), wanted, 3e-6)
+    y = normal(rows, 333, seed=2, scale=10)
+    close(_kernels.quantized_matmul(float32(x), *parts, bits, float32(y)), wanted + y, 3e-6)
 
 
 def test_large_quantized_products_are_computed_in_chunks() -> None:

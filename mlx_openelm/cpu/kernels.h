@@ -24,9 +24,9 @@ struct Packed {
 /* `count` values from number `first` on; both are multiples of the group. */
 void unpack(const Packed& p, std::ptrdiff_t first, std::ptrdiff_t count, float* y);
 
-/* x [count, columns] · Wᵀ → y [count, rows]; W [rows, columns] is packed, and `columns` a multiple
-   of 256 / bits. */
-void multiply(const float* x, int count, const Packed& w, int rows, int columns, float* y);
+/* Adds x [count, columns] · Wᵀ to y [count, rows]; W [rows, columns] is packed, and `columns` a
+   multiple of 256 / bits. */
+void add_product(const float* x, int count, const Packed& w, int rows, int columns, float* y);
 
 /* RMSNorm (arXiv 1910.07467, equation 4) of rows of n values. */
 void norm_rows(const float* x, const float* weight, float* y, std::ptrdiff_t rows, int n,

@@ -8,6 +8,7 @@
    end of this file. It fits the MLX and the nanobind that it is compiled with; `kernels.py` looks
    whether they are there when it is loaded. */
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -84,7 +85,7 @@ Packed packed(const array& words, const array& scales, const array& biases, int 
 }
 
 array quantized_matmul(const array& x, const array& weight, const array& scales,
-                       const array& biases, int bits) {
+                       const array& biases, int bits, const std::optional<array>& add) {
   expect(bits == 4 || bits == 8, "quantized_matmul: bits must be 4 or 8");
   expect(x.ndim() == 2 && is_float(x) && weight.ndim() == 2 && weight.dtype() == mx::uint32 &&
              weight.shape(1) * (32 / bits) == x.shape(1) && x.shape(1) % (256 / bits) == 0,
@@ -95,12 +96,23 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
              columns % scales.shape(1) == 0 && columns / scales.shape(1) % (32 / bits) == 0 &&
              scales.shape() == biases.shape() && is_float(scales) && is_float(biases),
          "quantized_matmul: scales and biases must be float32 [rows, columns / group]");
-  return kernel("QuantizedMatmul", {{x.shape(0), rows}}, {x, weight, scales, biases},
-                [=](const Arrays& in, Arrays& out) {
-                  const Packed w = packed(in[1], in[2], in[3], bits, columns / in[2].shape(1));
-                  return [=, x = in[0].data<float>(), count = in[0].shape(0),
-                          y = out[0].data<float>()] { multiply(x, count, w, rows, columns, y); };
-                })[0];
+  const mx::Shape shape = {x.shape(0), rows};
+  Arrays inputs = {x, weight, scales, biases};
+  if (add) {
+    expect(add->shape() == shape && is_float(*add), "quantized_matmul: add must be float32 [R, rows]");
+    inputs.push_back(*add);
+  }
+  return kernel("QuantizedMatmul", {shape}, std::move(inputs), [=](const Arrays& in, Arrays& out) {
+    const Packed w = packed(in[1], in[2], in[3], bits, columns / in[2].shape(1));
+    return [=, x = in[0].data<float>(), count = in[0].shape(0), y = out[0].data<float>(),
+            size = out[0].size(), add = in.size() > 4 ? in[4].data<float>() : nullptr] {
+      if (add != nullptr)
+        std::copy_n(add, size, y);
+      else
+        std::fill_n(y, size, 0.0f);
+      add_product(x, count, w, rows, columns, y);
+    };
+  })[0];
 }
 
 array rms_norm(const array& x, const array& weight, float eps) {
@@ -210,7 +222,7 @@ NB_MODULE(_kernels, m) {
                               std::to_string(MLX_VERSION_PATCH);
   m.attr("MLX_VERSION") = version.c_str();
   m.def("quantized_matmul", &quantized_matmul, nb::arg("x"), nb::arg("weight"), nb::arg("scales"),
-        nb::arg("biases"), nb::arg("bits"));
+        nb::arg("biases"), nb::arg("bits"), nb::arg("add") = nb::none());
   m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"));
   m.def("swiglu", &swiglu, nb::arg("x"));
   m.def("rope_turns", &rope_turns, nb::arg("positions"), nb::arg("dim"), nb::arg("base"));

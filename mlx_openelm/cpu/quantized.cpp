@@ -64,22 +64,30 @@ struct Rows {
   const float* sums;   /* [columns / (LANES · values in a word), rows, LANES] */
 };
 
-void reorder(const float* x, int count, int columns, int bits, float* values, float* sums) {
-  const int in_word = 32 / bits, block = LANES * in_word;
+template <int bits>
+INLINE void reorder(const float* x, int count, int columns, float* values, float* sums) {
+  constexpr int in_word = 32 / bits, block = LANES * in_word;
   for (int row = 0; row < count; row++) {
     float *value = values + row * LANES, *total = sums + row * LANES;
-    for (int start = 0; start < columns; start += block, total += count * LANES) {
-      for (int word = 0; word < LANES; word++, x += in_word) {
-        float sum = 0, scale = 1;
-        for (int n = 0; n < in_word; n++, scale /= 1 << bits) {
-          value[n * count * LANES + word] = n < in_word - 1 ? x[n] * scale : x[n];
-          sum += x[n];
-        }
-        total[word] = sum;
+    for (int start = 0; start < columns; start += block, x += block, total += count * LANES) {
+      vec sum = {};
+      for (int n = 0; n < in_word; n++, value += count * LANES) {
+        vec its;
+        for (int word = 0; word < LANES; word++) its[word] = x[word * in_word + n];
+        store(value, n < in_word - 1 ? its / static_cast<float>(1u << (bits * n)) : its);
+        sum += its;
       }
-      value += in_word * count * LANES;
+      store(total, sum);
     }
   }
+}
+
+SIMD void reorder_4(const float* x, int count, int columns, float* values, float* sums) {
+  reorder<4>(x, count, columns, values, sums);
+}
+
+SIMD void reorder_8(const float* x, int count, int columns, float* values, float* sums) {
+  reorder<8>(x, count, columns, values, sums);
 }
 
 /* The value number n of each word, times 2^(bits · n) but for the last. */
@@ -131,7 +139,7 @@ INLINE void products(const Rows& x, const Packed& w, int columns, int rows, int 
 #pragma GCC unroll 4
       for (int i = 0; i < count; i++) total[i] += (count < 3 ? even[i] + odd[i] : even[i]) * scales;
     }
-    for (int i = 0; i < count; i++) y[i * static_cast<std::ptrdiff_t>(rows) + row] = sum(total[i]);
+    for (int i = 0; i < count; i++) y[i * static_cast<std::ptrdiff_t>(rows) + row] += sum(total[i]);
   }
 }
 
@@ -182,7 +190,7 @@ void multiply_unpacked(const Product& p, int first, int end) {
   values.resize(n);
   unpack(p.w, static_cast<std::ptrdiff_t>(first) * p.columns, n, values.data());
   cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, p.count, end - first, p.columns, 1, p.x, p.columns,
-              values.data(), p.columns, 0, p.y + first, p.rows);
+              values.data(), p.columns, 1, p.y + first, p.rows);
 }
 
 }  // namespace
@@ -192,7 +200,7 @@ void unpack(const Packed& p, std::ptrdiff_t first, std::ptrdiff_t count, float* 
                                       p.biases + first / p.group, y, count / p.group, p.group);
 }
 
-void multiply(const float* x, int count, const Packed& w, int rows, int columns, float* y) {
+void add_product(const float* x, int count, const Packed& w, int rows, int columns, float* y) {
   static thread_local std::vector<float> values, sums;
   Product p = {x, nullptr, count, rows, columns, w, y};
   const bool is_few = count <= FEW;
@@ -201,8 +209,9 @@ void multiply(const float* x, int count, const Packed& w, int rows, int columns,
     values.resize(static_cast<std::size_t>(count) * columns);
     sums.resize(count * words);
     for (std::ptrdiff_t row = 0; row < count; row += MOST)
-      reorder(x + row * columns, std::min<int>(count - row, MOST), columns, w.bits,
-              values.data() + row * columns, sums.data() + row * words);
+      (w.bits == 4 ? reorder_4 : reorder_8)(x + row * columns, std::min<int>(count - row, MOST),
+                                            columns, values.data() + row * columns,
+                                            sums.data() + row * words);
     p.x = values.data(), p.sums = sums.data();
   }
   const int size = static_cast<int>((is_few ? CHUNK : UNPACKED) / columns) + 1;
