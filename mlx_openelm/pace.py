@@ -13,9 +13,7 @@ ENOUGH = 3  # measurements, for a round's time to be believed
 MEMORY = 0.9  # what a round's acceptance is still worth a round later
 WORTHWHILE = 1.03  # the gain that a draft must promise
 ALLOWANCE = 1.1  # plain steps that may be lost to finding out, at the start...
-RISK = (
-    2.5  # ...or to what promises a gain, and twice as many to what promises to double the speed...
-)
+RISK = 2.5  # ...or to what promises a gain; twice that to what promises to double the speed...
 SLACK = 0.015  # ...and the share of all time that may be, afterwards
 BUILT = 1.0  # plain steps that a round may be said to have lost which was slow to be built
 CREDIT = 10.0  # plain steps gained that may be lost again
@@ -166,14 +164,19 @@ class Pace:
         best, most = None, WORTHWHILE if self._since_probe < PROBE_EVERY else 0.0
         for kind in kinds:
             for n, steps, gain in self._promises(kind):
-                risk = RISK * min(gain, 2.0) if gain > WORTHWHILE else ALLOWANCE - self._owed
-                allowed = left + risk
+                allowed = left + self._risk(gain)
                 # At worst it gives one token.
                 if gain > most and n <= longest and steps - 1 <= allowed:
                     best, most = (kind, n), gain
         if best:
             self._gain = max(most, 1.0)
         return best
+
+    def _risk(self, gain: float) -> float:
+        """Plain steps that may be lost to what promises such a gain."""
+        if gain <= WORTHWHILE:
+            return ALLOWANCE - self._owed
+        return RISK if gain < 2 else 2 * RISK
 
     def _promises(self, kind: Kind) -> list[tuple[int, float, float]]:
         """Of each length: what it costs in plain steps, and the tokens it gives for each."""
