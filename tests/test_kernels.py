@@ -138,6 +138,7 @@ def masks(batch: int, length: int, slots: int) -> dict[str, np.ndarray]:
     causal = np.arange(slots) <= slots - length + np.arange(length)[:, None]
     padded = causal & (np.arange(slots) >= 3 * np.arange(batch)[:, None, None])
     gaps = np.random.default_rng(5).random((batch, length, slots)) < 0.6
+    gaps[:, 0] = False  # beside tokens that see something
     return {
         "causal": causal[None],
         "padded": padded,
