@@ -15,7 +15,7 @@ def library(name: str, sources: str, *options: str, **more: object) -> Extension
     return Extension(
         f"mlx_openelm.{name}",
         sources=[f"mlx_openelm/cpu/{source}" for source in sources.split()],
-        depends=[f"mlx_openelm/cpu/{name}.h" for name in ("chunks", "kernels", "pool", "vectors")],
+        depends=[f"mlx_openelm/cpu/{file}.h" for file in ("chunks", "kernels", "pool", "vectors")],
         extra_compile_args=[*options, "-g0", "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
         optional=True,

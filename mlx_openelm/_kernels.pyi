@@ -24,7 +24,7 @@ def quantized_matmul(
     Args:
         x: [R, columns].
         weight: [rows, columns · bits / 32] uint32; columns must be a multiple of 256 / bits.
-        scales, biases: [rows, columns / group_size].
+        scales, biases: [rows, columns / group]; a group is 128 / bits or a multiple of 256 / bits.
         bits: 4 or 8.
         add: [R, rows], what the product is added to.
 
@@ -75,7 +75,7 @@ def attention(
     Args:
         queries: [B, query_heads, L, dim], with the scale of attention in them.
         buffer: keys and values, [B, 2 · kv_heads, slots, dim]; or values, scales and biases of
-            that, as `mx.quantize` gives them.
+            that, as `mx.quantize` gives them, in groups of a multiple of 8.
         mask: [B or 1, L, slots] bool; a token that may attend to nothing gets zeros.
         bits: of quantized values, 4 or 8.
 

@@ -45,10 +45,10 @@ def _why_absent() -> str | None:
     try:
         from . import _kernels
     except ImportError as error:
-        if error.name == f"{__package__}._kernels" or "_kernels" in str(error):
+        if error.name == __package__:  # which has no such name; else the file can't be loaded
             return "not compiled at installation"
-        raise _Unfit(str(error)) from None
-    version: str = mx.__version__  # type: ignore[attr-defined]
+        raise _Unfit(f"they can't be loaded ({error})") from None
+    version: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs lack it
     if version.split(".dev")[0] != _kernels.MLX_VERSION:
         raise _Unfit(f"they are for MLX {_kernels.MLX_VERSION}, and {version} is installed")
     try:

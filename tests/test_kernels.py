@@ -194,6 +194,12 @@ def test_unseen_slots_may_hold_anything() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x, mask = mx.zeros((1, 2, 3, 8)), mx.ones((1, 3, 5), mx.bool_)
     turns = mx.zeros((1, 3, 8))
+    cached, scales = mx.zeros((1, 2, 5, 2), mx.uint32), mx.zeros((1, 2, 5, 1))
+    halves = mx.zeros((1, 2, 5, 2))  # groups of 4 values
+
+    def words(count: int) -> mx.array:
+        return mx.zeros((3, count), mx.uint32)
+
     for call in (
         lambda: _kernels.rms_norm(mx.zeros((2, 8)), mx.zeros(7), 1e-6),
         lambda: _kernels.quantized_matmul(
@@ -202,6 +208,14 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: _kernels.quantized_matmul(mx.zeros((1, 64)), *mx.quantize(mx.zeros((8, 64))), 8),
         lambda: _kernels.quantized_matmul(mx.zeros((1, 64)), *mx.quantize(mx.zeros((8, 64))), 3),
         lambda: _kernels.rms_norm(mx.zeros((2, 8), mx.float16), mx.zeros(8), 1e-6),
+        # 16 values a group, and 96: the kernel has no such loop
+        lambda: _kernels.quantized_matmul(mx.zeros((1, 64)), words(8), *[mx.zeros((3, 4))] * 2, 4),
+        lambda: _kernels.quantized_matmul(
+            mx.zeros((1, 192)), words(24), *[mx.zeros((3, 2))] * 2, 4
+        ),
+        lambda: _kernels.attention(x, [cached, scales, scales[:, :1]], mask, 8),
+        lambda: _kernels.attention(x, [cached, scales[:, :, 1:], scales], mask, 8),
+        lambda: _kernels.attention(x, [cached, halves, halves], mask, 8),
         lambda: _kernels.swiglu(mx.zeros((2, 7))),
         lambda: _kernels.rope_turns(mx.zeros((1, 3)), 8, 1e4),
         lambda: _kernels.heads(mx.zeros((3, 30)), None, None, turns, 1, 2, 1, 1e-6),
@@ -258,6 +272,16 @@ def test_an_installation_without_them_computes_with_mlxs(tmp_path: Path) -> None
     text, warning = policy_in(tmp_path)
     assert "no kernels of its own (not compiled at installation)" in text
     assert warning == ""
+
+
+def test_a_library_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    """One with symbols that the MLX of today lacks, say."""
+    shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=shutil.ignore_patterns("convert"))
+    [library] = (tmp_path / "mlx_openelm").glob("_kernels.*so")
+    library.write_bytes(b"no library")
+    text, warning = policy_in(tmp_path)
+    assert ", MLX's kernels," in text
+    assert warning.count("several times slower: they can't be loaded (") == 1
 
 
 def test_they_are_not_used_with_another_mlx_and_that_is_told(tmp_path: Path) -> None:

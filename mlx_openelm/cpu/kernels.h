@@ -25,7 +25,7 @@ struct Packed {
 void unpack(const Packed& p, std::ptrdiff_t first, std::ptrdiff_t count, float* y);
 
 /* Adds x [count, columns] · Wᵀ to y [count, rows]; W [rows, columns] is packed, and `columns` a
-   multiple of 256 / bits. */
+   multiple of 256 / bits, which is what eight words hold: a group is half of that, or a multiple. */
 void add_product(const float* x, int count, const Packed& w, int rows, int columns, float* y);
 
 /* RMSNorm (arXiv 1910.07467, equation 4) of rows of n values. */

@@ -93,9 +93,12 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
          "uint32, and columns a multiple of 256 / bits");
   const int rows = weight.shape(0), columns = x.shape(1);
   expect(scales.ndim() == 2 && scales.shape(0) == rows && scales.shape(1) > 0 &&
-             columns % scales.shape(1) == 0 && columns / scales.shape(1) % (32 / bits) == 0 &&
-             scales.shape() == biases.shape() && is_float(scales) && is_float(biases),
+             columns % scales.shape(1) == 0 && scales.shape() == biases.shape() &&
+             is_float(scales) && is_float(biases),
          "quantized_matmul: scales and biases must be float32 [rows, columns / group]");
+  const int group = columns / scales.shape(1);
+  expect(group == 128 / bits || group % (256 / bits) == 0,
+         "quantized_matmul: group must be 128 / bits or a multiple of 256 / bits");
   const mx::Shape shape = {x.shape(0), rows};
   Arrays inputs = {x, weight, scales, biases};
   if (add) {
@@ -103,7 +106,7 @@ array quantized_matmul(const array& x, const array& weight, const array& scales,
     inputs.push_back(*add);
   }
   return kernel("QuantizedMatmul", {shape}, std::move(inputs), [=](const Arrays& in, Arrays& out) {
-    const Packed w = packed(in[1], in[2], in[3], bits, columns / in[2].shape(1));
+    const Packed w = packed(in[1], in[2], in[3], bits, group);
     return [=, x = in[0].data<float>(), count = in[0].shape(0), y = out[0].data<float>(),
             size = out[0].size(), add = in.size() > 4 ? in[4].data<float>() : nullptr] {
       if (add != nullptr)
@@ -193,8 +196,12 @@ array attention(const array& queries, const Arrays& buffer, const array& mask, i
              (plain ? is_float(kept) : kept.dtype() == mx::uint32 && (bits == 4 || bits == 8)),
          "attention: the buffer must be [B, 2 · kv_heads, slots, dim], float32 or of 4 or 8 bits");
   for (std::size_t i = 1; i < buffer.size(); i++)
-    expect(buffer[i].ndim() == 4 && is_float(buffer[i]) && s.dim % buffer[i].shape(3) == 0,
-           "attention: the buffer's scales and biases must be float32 [..., dim / group]");
+    expect(buffer[i].ndim() == 4 && is_float(buffer[i]) && buffer[i].shape(3) > 0 &&
+               s.dim % buffer[i].shape(3) == 0 && s.dim / buffer[i].shape(3) % 8 == 0 &&
+               buffer[i].shape() ==
+                   mx::Shape{s.batch, 2 * s.kv_heads, slots, buffer[1].shape(3)},
+           "attention: the buffer's scales and biases must be float32 [B, 2 · kv_heads, slots, "
+           "dim / group], and group a multiple of 8");
   expect(mask.ndim() == 3 && (mask.shape(0) == 1 || mask.shape(0) == s.batch) &&
              mask.shape(1) == s.length && mask.shape(2) == slots && mask.dtype() == mx::bool_,
          "attention: mask must be bool [B or 1, L, slots]");

@@ -48,10 +48,6 @@ SIMD void unpack_8(const std::uint32_t* packed, const float* scales, const float
 
 /* ---- Few rows ------------------------------------------------------------------------------- */
 
-/* Eight words are taken at once, and of each word the same value: values that are a word apart.
-   So rows are put into that order first. A value that is masked but not shifted is 2^(bits · n)
-   times as large, and what it is multiplied with as much smaller. The values of a word are added
-   up, too, for the biases. */
 constexpr int AHEAD = 256; /* words that are fetched before they are needed */
 constexpr int MOST = 4;    /* rows that are multiplied together: so many sums fit in registers */
 
