@@ -12,11 +12,12 @@ import mlx.core as mx
 
 from mlx_openelm import __version__, device, kernels
 from mlx_openelm.checkpoint import read_arrays
-from mlx_openelm.config import PUBLISHED, OpenELMConfig, read_json_object
+from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.convert.checkpoint import open_directory
 from mlx_openelm.convert.recipe import Recipe, make_scheme, plan
 from mlx_openelm.convert.writer import Options, convert, output_layout
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_json
 from mlx_openelm.hub import BUNDLED, DEMO, resolve
 from mlx_openelm.quantization import MODES, Quantization
 from mlx_openelm.shapes import tensor_shapes
@@ -179,7 +180,7 @@ def _bundled(base: str) -> Path:
 
 
 def _of_directory(name: str, directory: Path) -> Target:
-    values = read_json_object(directory / "config.json")
+    values = read_json(directory / "config.json")
     config = OpenELMConfig.from_dict(values, str(directory / "config.json"))
     arrays, _ = read_arrays(directory)
     size = sum(array.nbytes for array in arrays.values())

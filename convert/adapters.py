@@ -16,12 +16,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.config import OpenELMConfig, descend, read_yaml
+from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_yaml, shown
 
 from .names import canonical_name
 from .sources import LazyTensor
-from .sources.lazy import DTYPES, shown
+from .sources.lazy import DTYPES
 
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_openelm.config import OpenELMConfig, read_json_object
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.files import read_json
 
 from .verify import stored_quantization
 from .writer import RECORD
@@ -42,7 +43,7 @@ def model_card(directory: Path, repo: str, base_model: str | None, licence: str 
     """
     config = OpenELMConfig.from_json(directory / "config.json")
     quantization, record = stored_quantization(directory), directory / RECORD
-    made = read_json_object(record) if record.exists() else {}
+    made = read_json(record) if record.exists() else {}
     dtype = made.get("options", {}).get("dtype")
     weights = f"weights in {dtype}" if dtype else "converted"
     if quantization is not None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from mlx_openelm.errors import InputError
-
-from .sources.lazy import shown
+from mlx_openelm.files import shown
 
 T = TypeVar("T")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.config import OpenELMConfig, read_json_object
+from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_json
 from mlx_openelm.quantization import Quantization
 
 from .floats import trial_tokens
@@ -121,7 +122,7 @@ def bound_for(dtypes: set[str], quantization: Quantization | None) -> float:
 def stored_quantization(directory: Path) -> Quantization | None:
     """The quantization that a model directory's `config.json` tells of."""
     file = directory / "config.json"
-    values = read_json_object(file).get("quantization")
+    values = read_json(file).get("quantization")
     return Quantization.from_dict(values, str(file)) if isinstance(values, Mapping) else None
 
 

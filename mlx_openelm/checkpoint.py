@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from . import device
-from .config import OpenELMConfig, read_json_object
+from .config import OpenELMConfig
 from .errors import InputError
+from .files import read_json
 from .hub import resolve, resolve_tokenizer
 from .model import OpenELM
 from .quantization import Quantization
@@ -142,7 +143,7 @@ def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
     """
-    values = read_json_object(directory / "config.json")
+    values = read_json(directory / "config.json")
     where = str(directory / "config.json")
     config = OpenELMConfig.from_dict(values, where)
     stored = values.get("quantization") or values.get("quantization_config")
@@ -188,7 +189,7 @@ def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = read_json_object(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise InputError(f"{index}: no weight_map")
         names = sorted(set(map(str, shards.values())))

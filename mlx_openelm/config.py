@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import read_json, read_yaml, user_path
 
 ACTIVATIONS = ("swish", "silu")
 
@@ -215,7 +215,7 @@ class OpenELMConfig:
         Raises:
             InputError: when the file can't be read, isn't a JSON object, or is inconsistent.
         """
-        return cls.from_dict(read_json_object(path), where=str(path))
+        return cls.from_dict(read_json(user_path(path)), where=str(path))
 
     @classmethod
     def from_corenet_yaml(cls, path: str | Path) -> OpenELMConfig:
@@ -226,7 +226,7 @@ class OpenELMConfig:
         Raises:
             InputError: when the file can't be read or names no published model.
         """
-        section = descend(read_yaml(path), ("model", "language_modeling", "general_gpt"))
+        section = descend(read_yaml(user_path(path)), ("model", "language_modeling", "general_gpt"))
         if "model_name" not in section:
             raise InputError(f"{path}: no model.language_modeling.general_gpt.model_name")
         return cls.from_dict(section, where=str(path))
@@ -236,23 +236,6 @@ class OpenELMConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"model_type": "openelm", **lists}
-
-
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds, plain values only.
-
-    Raises:
-        InputError: when it can't be read.
-    """
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a YAML file ({reason})") from None
 
 
 _COUNT = range(1, 2**31)
@@ -269,23 +252,6 @@ _RANGES = {
 }
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
-
-
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        InputError: when the file can't be read or holds something else.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a JSON {type(values).__name__}, not an object")
-    return values
 
 
 def _from_published(values: Mapping[str, Any]) -> OpenELMConfig:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from .config import read_json_object
 from .errors import InputError
+from .files import read_json
 from .vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 
 ROLES = ("user", "system", "assistant")
@@ -274,7 +274,7 @@ def find_tokenizer(directory: Path) -> Path:
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json_object(file) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _content(token: Any) -> str | None:

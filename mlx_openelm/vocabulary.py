@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import read_json_object
 from .errors import InputError
+from .files import read_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -114,7 +114,7 @@ def from_tokenizer_json(file: Path) -> Vocabulary:
     """
     import tokenizers
 
-    values = read_json_object(file)
+    values = read_json(file)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing narrower

@@ -314,7 +314,7 @@ def test_corenet_yaml(tmp_path: Path, text: str) -> None:
     ("text", "reason"),
     [
         (b"model: [", "not a YAML file"),
-        (b"\xff\xfe\xfa", "not a YAML file"),
+        (b"\xff\xfe\xfa", "not UTF-16-LE at byte 0"),
         (b"when: 2024-99-99", "not a YAML file"),
         (b"[" * 500, "not a YAML file"),
         (b"- model", "no model.language_modeling.general_gpt.model_name"),
@@ -337,7 +337,7 @@ def test_corenet_yaml_refuses(tmp_path: Path, text: bytes, reason: str) -> None:
     ("text", "reason"),
     [
         (b"{", "not a JSON file"),
-        (b"\xff", "not a JSON file"),
+        (b"\xff", "not UTF-8 at byte 0"),
         (b"[" * 100_000, "not a JSON file"),
         (b"[]", "holds a JSON list"),
         (b"{}", "missing vocab_size, model_dim"),

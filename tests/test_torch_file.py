@@ -442,7 +442,7 @@ def test_a_file_that_is_gone_says_so(tmp_path: Path) -> None:
     path = torch_file(tmp_path / "x.pt", {"w": tensor()})
     lazy = open_source(path).tensors["w"]
     path.unlink()
-    with pytest.raises(InputError, match="can't be read .No such file"):
+    with pytest.raises(InputError, match="No such file"):
         lazy.read()
 
 

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import file_size, read_range
 
 from .corenet import open_corenet
 from .huggingface import open_huggingface
-from .lazy import LazyTensor, Source, file_size, read_range
+from .lazy import LazyTensor, Source
 from .safetensors_file import open_safetensors
 
 __all__ = ["LazyTensor", "Source", "open_source"]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import shown
 
-from .lazy import Source, shown
+from .lazy import Source
 from .torch_file import lazy_tensors, open_torch
 from .unpickler import StoredTensor
 

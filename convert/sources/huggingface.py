@@ -11,9 +11,10 @@ from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_json, shown
 from mlx_openelm.quantization import Quantization
 
-from .lazy import LazyTensor, Source, read_json, shown
+from .lazy import MAX_HEADER, LazyTensor, Source
 from .quantized import dequantized
 from .safetensors_file import open_safetensors
 from .torch_file import lazy_tensors, open_torch
@@ -92,7 +93,7 @@ def open_shards(
         InputError: when a shard is missing or lies outside the directory, or a tensor is missing,
             in two shards, or not in the index.
     """
-    places = read_json(index).get("weight_map")
+    places = read_json(index, MAX_HEADER).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise InputError(f"{index}: its weight_map is missing or is no map from text to text")
     tensors: dict[str, LazyTensor] = {}

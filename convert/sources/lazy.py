@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import shown
 from mlx_openelm.quantization import Quantization
 
 # A directory, header or pickle larger than this (bytes) is refused before it is read: those of
@@ -102,12 +100,6 @@ def item_size(dtype: str) -> int:
     return np.dtype(DTYPES[dtype][0]).itemsize
 
 
-def shown(text: object) -> str:
-    """A stranger's text (a name, say), fit for one line of an error message."""
-    text = str(text)
-    return repr(text if len(text) <= 100 else text[:100] + "…")
-
-
 def check_shape(shape: tuple[int, ...], where: str) -> None:
     """Refuse a shape that no array of MLX can have.
 
@@ -118,38 +110,6 @@ def check_shape(shape: tuple[int, ...], where: str) -> None:
         raise InputError(f"{where} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
     if any(type(n) is not int or not 0 <= n <= MAX_DIMENSION for n in shape):
         raise InputError(f"{where} has the impossible shape {shown(list(shape))}")
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a regular file.
-
-    Raises:
-        InputError: when there is no such file, or it isn't a regular one.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        _unreadable(path, error)
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: not a regular file")
-    return status.st_size
-
-
-def read_range(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` (both in bytes; the range must lie in the file).
-
-    Raises:
-        InputError: when the file can't be read, or has become shorter.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-    except OSError as error:
-        _unreadable(path, error)
-    if len(data) < size:
-        raise InputError(f"{path}: ends at byte {offset + len(data)}; it is truncated")
-    return data
 
 
 def to_array(raw: bytes, dtype: str, shape: tuple[int, ...], name: str) -> mx.array:
@@ -165,54 +125,3 @@ def to_array(raw: bytes, dtype: str, shape: tuple[int, ...], name: str) -> mx.ar
     if dtype == "bfloat16":
         return mx.array(values).view(mlx_dtype)
     return mx.array(values, dtype=mlx_dtype)
-
-
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in bytes; stricter than `json`: no key twice, no huge integers.
-
-    Raises:
-        InputError: starting with `where`.
-    """
-    try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8; it is damaged") from None
-    except RecursionError:
-        raise InputError(f"{where}: not usable JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise InputError(f"{where}: not usable JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: holds a JSON {type(values).__name__}, not an object")
-    return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most `MAX_HEADER` bytes (see `parse_json`).
-
-    Raises:
-        InputError: when it can't be read or isn't one.
-    """
-    size = file_size(path)
-    if size > MAX_HEADER:
-        raise InputError(f"{path}: has {size} bytes; no such file needs more than {MAX_HEADER}")
-    return parse_json(read_range(path, 0, size), str(path))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{shown(key)} is there twice")
-        values[key] = value
-    return values
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
-
-
-def _unreadable(path: Path, error: Exception) -> NoReturn:
-    reason = error.strerror if isinstance(error, OSError) else None
-    raise InputError(f"{path}: can't be read ({reason or error})") from None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_json, shown
 
 from .huggingface import open_bin
-from .lazy import LazyTensor, read_json, shown
+from .lazy import LazyTensor
 from .safetensors_file import open_safetensors
 
 CONFIG = "adapter_config.json"

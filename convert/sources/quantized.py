@@ -8,9 +8,10 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import shown
 from mlx_openelm.quantization import Quantization, Scheme
 
-from .lazy import DTYPES, LazyTensor, shown
+from .lazy import DTYPES, LazyTensor
 
 _FLOATS = ("float32", "float16", "bfloat16")
 

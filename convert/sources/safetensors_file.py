@@ -13,18 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import file_size, parse_json, read_range, shown
 
-from .lazy import (
-    MAX_HEADER,
-    LazyTensor,
-    check_shape,
-    file_size,
-    item_size,
-    parse_json,
-    read_range,
-    shown,
-    to_array,
-)
+from .lazy import MAX_HEADER, LazyTensor, check_shape, item_size, to_array
 
 # The format's names for dtypes
 DTYPES = {

@@ -19,18 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import file_size, read_range, shown
 
-from .lazy import (
-    DTYPES,
-    MAX_HEADER,
-    LazyTensor,
-    check_shape,
-    file_size,
-    item_size,
-    read_range,
-    shown,
-    to_array,
-)
+from .lazy import DTYPES, MAX_HEADER, LazyTensor, check_shape, item_size, to_array
 from .unpickler import StoredTensor, unpickle
 from .zip_directory import Member, read_directory
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import shown
 
-from .lazy import DTYPES, MAX_DIMENSIONS, shown
+from .lazy import DTYPES, MAX_DIMENSIONS
 
 # No checkpoint has more, and what is repeated through the memo must stay cheap.
 MAX_KEY = 1000  # characters of a dictionary's key
