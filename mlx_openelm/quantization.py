@@ -19,6 +19,8 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((16,), (4,)),
 }
 
+PARTS = ("weight", "scales", "biases")  # of a quantized matrix, each a tensor
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -153,7 +155,7 @@ class Matrix:
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:
         """(`weight`, …) and whichever of `scales` and `biases` there are."""
-        for name in ("weight", "scales", "biases"):
+        for name in PARTS:
             array = getattr(self, name)
             if array is not None:
                 yield name, array

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import find_in
 from mlx_openelm.hub import MODEL_FILES, upload
+from mlx_openelm.weight_files import find_weights
 
 from ..card import model_card
 
@@ -30,13 +35,23 @@ def command(args: argparse.Namespace) -> int:
     if not args.directory.is_dir():
         raise InputError(f"{args.directory}: no such directory")
     load_model(args.directory, lazy=True)
-    files: dict[str, Path | bytes] = {
-        path.name: path
-        for pattern in (*MODEL_FILES, CARD)
-        for path in sorted(args.directory.glob(pattern))
-    }
+    files: dict[str, Path | bytes] = dict(_files(args.directory))
     if CARD not in files:
         card = model_card(args.directory, args.repo, args.base_model, args.license)
         files[CARD] = card.encode()
     print(upload(args.repo, files, args.private))
     return 0
+
+
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """What belongs to the model, by name: its weights, and what is beside them."""
+    weights = find_weights(directory)
+    for path in weights.files:
+        yield path.name, path
+    for name in sorted(os.listdir(directory)):
+        stale = name.endswith(".safetensors.index.json") and (
+            weights.index is None or name != weights.index.name
+        )
+        wanted = any(fnmatchcase(name, pattern) for pattern in (*MODEL_FILES, CARD))
+        if wanted and not stale and not name.endswith(".safetensors"):
+            yield name, find_in(directory, name) or directory / name
