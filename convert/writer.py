@@ -163,12 +163,12 @@ def check_shapes(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> No
         if name not in tensors:
             raise InputError(f"tensor {name} {list(shape)} is missing")
         found = tensors[name]
+        check_float(found)
         if found.shape != shape:
             raise InputError(
                 f"tensor {found.name} has the shape {list(found.shape)}; the config says "
                 f"{list(shape)}"
             )
-        check_float(found)
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
         raise InputError(f"tensor {tensors[extra[0]].name} is not part of a model of this config")

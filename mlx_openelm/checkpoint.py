@@ -160,8 +160,8 @@ def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
     tied = config.share_input_output_layers
     entries = with_embeddings(read_entries(directory, foreign_method(values)), tied)
     _check_dtypes(entries, quantization)
+    arrays = _arrays(entries)
     try:
-        arrays = _arrays(entries)
         if tied:
             _drop_redundant_head(arrays)
         norm = arrays.get("transformer.norm.weight")
@@ -231,15 +231,16 @@ def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
 
 
 def _arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
-    """The tensors themselves, read when they are used; float64, which no GPU has, as float32."""
+    """The tensors themselves, read when they are used."""
     files: dict[Path, dict[str, mx.array]] = {}
     arrays = {}
     for name, entry in entries.items():
         if entry.path not in files:
-            files[entry.path] = cast("dict[str, mx.array]", mx.load(str(entry.path)))
-        array = files[entry.path][entry.name]
-        wide = entry.dtype == "float64"
-        arrays[name] = array.astype(mx.float32, stream=mx.cpu) if wide else array
+            try:
+                files[entry.path] = cast("dict[str, mx.array]", mx.load(str(entry.path)))
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{entry.path}: MLX can't read it ({error})") from None
+        arrays[name] = files[entry.path][entry.name]
     return arrays
 
 
@@ -254,6 +255,8 @@ def _check_dtypes(entries: Mapping[str, Entry], quantization: Quantization | Non
         try:
             if f"{module}.scales" not in entries:
                 check_float(entry)
+                if entry.dtype == "float64":
+                    raise InputError(f"tensor {name} is of float64; convert it: openelm-convert")
             elif part == "scales":
                 parts = {p: entries[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in entries}
                 packed_scheme(module, parts, quantization)

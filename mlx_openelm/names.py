@@ -66,6 +66,7 @@ OTHER_KINDS: dict[str, str] = {
     "._data": _QUANTIZED.format("quanto"),
     ".weight_packed": _QUANTIZED.format("compressed-tensors"),
     ".weight_scale": _QUANTIZED.format("FP8 or another format with scales"),
+    "flat_param": "its parameters are flattened by FSDP; save a full state dict",
     ".scales": "it is quantized; name the directory that has its config.json too",
 }
 _INDEX = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,3})(?=\.)")

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import InputError
+from .files import brief
 
 # mode -> (allowed group sizes, allowed bits), as `mx.quantize` has them.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -36,12 +37,12 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise InputError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+            raise InputError(f"mode must be one of {', '.join(MODES)}, not {brief(self.mode)}")
         for name, allowed in zip(("group_size", "bits"), MODES[self.mode], strict=True):
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:
                 choice = ", ".join(map(str, allowed))
-                raise InputError(f"{name} of mode {self.mode} must be {choice}, not {value!r}")
+                raise InputError(f"{name} of mode {self.mode} must be {choice}, not {brief(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` holds it: always all three, because an override inherits nothing."""
@@ -74,7 +75,7 @@ class Quantization:
         exceptions: dict[str, Scheme | None] = {}
         for name, value in values.items():
             if isinstance(value, Mapping):
-                exceptions[name] = _scheme(value, f"{where}: quantization of {name!r}")
+                exceptions[name] = _scheme(value, f"{where}: quantization of {brief(name)}")
             elif value is False:
                 exceptions[name] = None
         return cls(_scheme(values, f"{where}: quantization"), exceptions)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import InputError
-from .files import shown
-from .names import droppable
+from .files import brief, shown
+from .names import canonical_name, droppable
 from .quantization import Quantization, Scheme
 from .safetensors import FLOATS, Stored
 
@@ -37,6 +37,8 @@ METHODS = {
 def stored_quantization(values: Mapping[str, Any], where: str) -> Quantization | None:
     """The quantization that a `config.json` says, if it is MLX's own (see `foreign_method`).
 
+    Its exceptions are by the module names of a model directory.
+
     Raises:
         InputError: starting with `where`, when it is not an object, or no scheme of MLX.
     """
@@ -45,7 +47,14 @@ def stored_quantization(values: Mapping[str, Any], where: str) -> Quantization |
         return None
     if not isinstance(stored, Mapping):
         raise InputError(f"{where}: quantization is {shown(stored)}, not an object")
-    return Quantization.from_dict(stored, where)
+    quantization = Quantization.from_dict(stored, where)
+    exceptions: dict[str, Scheme | None] = {}
+    for name, scheme in quantization.exceptions.items():
+        weight = canonical_name(f"{name}.weight") or f"{name}.weight"
+        module = weight.removesuffix(".weight")
+        if exceptions.setdefault(module, scheme) != scheme:
+            raise InputError(f"{where}: quantization of {brief(module)} is there twice")
+    return Quantization(quantization.default, exceptions)
 
 
 def foreign_method(values: Mapping[str, Any]) -> str | None:

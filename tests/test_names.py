@@ -76,7 +76,7 @@ def test_what_is_computed_is_left_out_with_a_reason(name: str) -> None:
         "transformer.transformer.norm.weight",
         "transformer.lm_head.weight",
         "transformer.classifier.weight",
-        "model.norm.weight",
+        "net.norm.weight",
         "norm.weight ",
         "norm.weight\n",
     ],

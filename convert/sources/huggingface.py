@@ -11,6 +11,7 @@ from pathlib import Path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in, read_json
+from mlx_openelm.names import map_names, with_embeddings
 from mlx_openelm.quantization import Quantization
 from mlx_openelm.stored_quantization import check_unpacked, foreign_method, stored_quantization
 from mlx_openelm.weight_files import APPLE_MLX, PYTORCH, SAFETENSORS, find_weights, join_tensors
@@ -45,14 +46,15 @@ def open_huggingface(path: Path) -> Source:
     )
 
 
-def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """A directory's tensors as they are stored, quantized ones in their parts.
+def open_parts(path: Path, tied: bool) -> dict[str, LazyTensor]:
+    """A model directory's tensors as they are stored, quantized ones in their parts.
 
     Raises:
-        InputError: as `open_huggingface`.
+        InputError: as `open_huggingface`; and when a name is unknown.
     """
     files = find_weights(path)
-    return join_tensors(files, _OPENERS[files.form])
+    tensors, _ = map_names(join_tensors(files, _OPENERS[files.form]), quantized=True)
+    return with_embeddings(tensors, tied)
 
 
 def _tokenizer(path: Path) -> Path | None:
