@@ -96,8 +96,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         )
     if length > MAX_HEADER:
         raise InputError(f"{path}: its header has {length} bytes, more than any model needs")
-    header = parse_json(read_range(path, 8, length), f"{path}: header")
-    metadata = header.pop("__metadata__", None) or {}  # MLX writes null for none
+    text = read_range(path, 8, length)
+    if not text.startswith(b"{"):
+        raise InputError(f"{path}: its header doesn't begin with {{; not a safetensors file")
+    header = parse_json(text, f"{path}: header")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(f"{path}: its __metadata__ is not a map from text to text")
     tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}

@@ -99,7 +99,10 @@ BAD = {
     "a header of 2**64 - 1 bytes": (safetensors({}, length=2**64 - 1), "truncated or not"),
     "a large header": (safetensors(b"{" + b" " * MAX_HEADER), "more than any model needs"),
     "no JSON": (safetensors(b"{nonsense"), "not a JSON file"),
-    "no object": (safetensors(b"[]"), "holds a JSON list"),
+    "no object": (safetensors(b"[]"), "doesn't begin with {"),
+    "a byte order mark": (safetensors(b"\xef\xbb\xbf{}"), "doesn't begin with {"),
+    "UTF-16": (safetensors("{}".encode("utf-16")), "doesn't begin with {"),
+    "metadata of nothing": (safetensors({"__metadata__": 0}), "__metadata__"),
     "invalid UTF-8": (safetensors(b'{"\xff": 1}'), "not UTF-8"),
     "deep nesting": (safetensors(b'{"a":' + b"[" * 200_000), "nested too deeply"),
     "a key twice": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.weight_files import find_weights
 
 from .checkpoints import torch_file
+from .conftest import Run
 from .models import CONFIGS, random_model
 
 Arrays = dict[str, mx.array]
@@ -568,9 +570,76 @@ def test_overlapping_tensors_are_refused_by_both(model: Path) -> None:
     check_refused(model, "has a gap before it|overlaps the one before")
 
 
+VALUES: list[Any] = [0, -1, 32, 2**31, 2**63, 2**64, 1.5, True, None, "F16", "F8_E4M3", [], {}, [0]]
+
+
+def test_headers_that_lie_are_refused_by_both(model: Path) -> None:
+    """Or read by both, where a change makes no difference: MLX sees no header that is damaged."""
+    file, rng, loaded = model / "model.safetensors", random.Random(0), 0
+    write(file, weights())
+    good = file.read_bytes()
+
+    def change(header: dict[str, Any]) -> None:
+        names = [name for name in header if name != "__metadata__"]
+        name, other = rng.sample(names, 2)
+        field, value = rng.choice(("dtype", "shape", "data_offsets")), rng.choice(VALUES)
+        kind = rng.randrange(5)
+        if kind == 0:
+            header[name] = value
+        elif kind == 1:
+            header[name][field] = value
+        elif kind == 2:
+            header[name][field] = header[other][field]
+        elif kind == 3:
+            header[name]["data_offsets"][rng.randrange(2)] = value
+        else:
+            header["__metadata__"] = rng.choice(({name: other}, {"lm_head.weight": name}, value))
+
+    for _ in range(300):
+        file.write_bytes(good)
+        edit_header(file, change)
+        outcomes = []
+        for read in READERS:
+            try:
+                outcomes.append(sorted(read(model)))
+            except InputError as error:
+                assert "\n" not in str(error)
+                outcomes.append([])
+        assert outcomes[0] == outcomes[1]
+        loaded += bool(outcomes[0])
+    assert 10 < loaded < 150
+
+
 def test_the_list_has_the_files_in_order(model: Path) -> None:
     write_halves(model, weights())
     write_index(model, weights())
     found = find_weights(model)
     assert [file.name for file in found.files] == list(HALVES)
     assert found.notes == []
+
+
+def test_one_tensor_by_two_names_is_tied_without_a_config(tmp_path: Path, run: Run) -> None:
+    arrays = weights()
+    stored = {"lm_head.weight" if n == EMBEDDINGS else n: a for n, a in arrays.items()}
+    write(tmp_path / "alone.safetensors", stored, {EMBEDDINGS: "lm_head.weight"})
+    result = run("mlx_openelm.convert", tmp_path / "alone.safetensors", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert load_model(tmp_path / "out").config.share_input_output_layers
+    assert load_model(tmp_path / "out").parameters().keys() == arrays.keys()
+
+
+def test_the_commands_report_what_they_do_not_read(model: Path, tmp_path: Path, run: Run) -> None:
+    write(model / "model.safetensors", weights())
+    stale_index(model)
+    out = tmp_path / "out"
+    for command in (
+        ("inspect", model),
+        (model, "-o", out, "--dtype", "float32"),
+        ("verify", out, "--against", model),
+        ("verify", model, "--against", out),
+    ):
+        result = run("mlx_openelm.convert", *command)
+        assert result.returncode == 0, result.stderr
+        lines = (result.stderr + result.stdout).splitlines()
+        assert sum("mlx-lm would mix them" in line for line in lines) == 1
+    check_both(out, weights())
