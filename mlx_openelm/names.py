@@ -42,6 +42,7 @@ WRAPPERS = {
     "_original_module": "ONNX Runtime's ORTModule",
     "_module": "Opacus",
     "model": "Lightning, transformers' heads",
+    "pretrained_model": "TRL's models with a value head",
     "base_model": "PEFT",
 }
 # End of a name → why the tensor isn't needed
@@ -70,6 +71,7 @@ OTHER_KINDS: dict[str, str] = {
     ".scales": "it is quantized; name the directory that has its config.json too",
 }
 _INDEX = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,3})(?=\.)")
+_LONGEST = 500  # characters of a name, wrappers included
 _SHOWN = 8  # unknown names in an error message
 
 
@@ -110,6 +112,8 @@ def map_names(
 
 def canonical_name(name: str) -> str | None:
     """The name that a model directory has for a tensor; None when no layout knows it."""
+    if len(name) > _LONGEST:
+        return None
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     found = _INDEX.search(name)
     index = found.group() if found else ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
@@ -82,7 +82,7 @@ def find_weights(directory: Path) -> WeightFiles:
             continue
         read = {file.name for file in found.files}
         unread = [n for n in names if fnmatchcase(n, "model*.safetensors") and n not in read]
-        return WeightFiles(form, found.files, found.index, found.places, tuple(unread))
+        return replace(found, unread=tuple(unread))
     others = [name for name in names if name.endswith(".safetensors")]
     hint = f"; if {_listed(others)} is the model, rename it" if others else ""
     raise InputError(

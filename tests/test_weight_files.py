@@ -22,7 +22,7 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.weight_files import find_weights
 
-from .checkpoints import torch_file
+from .checkpoints import tensor, torch_file
 from .conftest import Run
 from .models import CONFIGS, random_model
 
@@ -225,6 +225,16 @@ def test_pytorchs_weights_have_to_be_converted(model: Path) -> None:
         load_model(model)
 
 
+def test_shards_of_pytorch_without_an_index(model: Path) -> None:
+    for i in (1, 2):
+        tensors = {f"{i}": tensor()}
+        torch_file(model / f"pytorch_model-0000{i}-of-00002.bin", tensors)
+    assert list(open_source(model).tensors) == ["1", "2"]
+    (model / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(InputError, match="'pytorch_model-00001-of-00002.bin' is missing"):
+        open_source(model)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", HALVES[1]])
 @pytest.mark.parametrize("kind", ["fifo", "sparse", "directory", "link", "dangling"])
 def test_strange_files_are_refused_at_once(model: Path, name: str, kind: str) -> None:
@@ -293,6 +303,7 @@ def test_wrapped_names_are_read_by_both(model: Path, wrapper: str, layout: str) 
         ("transformer.layers.0._orig_mod.attn.qkv_proj.weight", "are the same"),
         ("ema.norm.weight", "unknown tensors: 'ema.norm.weight'"),
         ("x" * 10_000, "unknown tensors: 'xxx"),
+        (f"{'module.' * 10_000}transformer.norm.weight", "unknown tensors: 'module.module"),
         ("module._flat_param", "save a full state dict"),
         (f"{QKV}.qweight", "quantized by GPTQ or AWQ"),
     ],
