@@ -18,6 +18,7 @@ import pytest
 from mlx_openelm.checkpoint import load_model, save_config
 from mlx_openelm.convert.checkpoint import open_directory
 from mlx_openelm.convert.sources import open_source
+from mlx_openelm.convert.sources.huggingface import open_parts
 from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.weight_files import find_weights
@@ -345,6 +346,7 @@ def test_a_wrapped_quantized_directory(model: Path) -> None:
         found = open_directory(model).tensors[f"{QKV}.weight"].read()
         wanted = quantize(arrays[f"{QKV}.weight"], other).dequantize(mx.float32).weight
         assert mx.allclose(found, wanted, atol=1e-6).item()
+    assert open_parts(model, tied=True).keys() == packed.keys()
     clash = {**default.to_dict(), QKV: other.to_dict(), f"module.{QKV}": default.to_dict()}
     edit_config(model, quantization=clash)
     check_refused(model, "is there twice")
