@@ -68,7 +68,8 @@ EXPORT int openelm_abi(void);
 /* Threads that compute at the same time, the caller's included. */
 EXPORT void openelm_set_threads(int threads);
 
-EXPORT void openelm_compute(const openelm_network *network, const openelm_step *step);
+/* Returns 0, or 1 if a token is not below vocab_size: then nothing was computed. */
+EXPORT int openelm_compute(const openelm_network *network, const openelm_step *step);
 
 /* For tests: y [count, rows] = x [count, columns] · Wᵀ, added to y if `add`. */
 EXPORT void openelm_multiply(const float *x, int count, const openelm_matrix *w, float *y, int add);

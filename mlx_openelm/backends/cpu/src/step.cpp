@@ -72,13 +72,15 @@ void openelm_multiply(const float* x, int count, const openelm_matrix* w, float*
   multiply(x, count, *w, y, add != 0);
 }
 
-void openelm_compute(const openelm_network* network, const openelm_step* step) {
+int openelm_compute(const openelm_network* network, const openelm_step* step) {
   static thread_local Workspace space;
   const openelm_network& net = *network;
   const int batch = step->batch, dim = net.model_dim, head_dim = net.head_dim;
   int length = step->length;
   std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(batch) * length;
 
+  for (std::ptrdiff_t i = 0; i < rows; i++)
+    if (step->tokens[i] < 0 || step->tokens[i] >= net.token_embeddings.rows) return 1;
   float* x = room(space.x, rows * dim);
   float* h = room(space.h, rows * dim);
   for (std::ptrdiff_t i = 0; i < rows; i++)
@@ -118,4 +120,5 @@ void openelm_compute(const openelm_network* network, const openelm_step* step) {
   }
   norm(x, net.norm, h, rows, dim, net.eps);
   multiply(h, static_cast<int>(rows), net.lm_head, step->logits, false);
+  return 0;
 }
