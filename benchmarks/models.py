@@ -10,7 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__, device, kernels
+from mlx_openelm import __version__, device
+from mlx_openelm.backends.cpu import PACKED_BITS
 from mlx_openelm.checkpoint import read_config, read_entries
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.convert.checkpoint import open_directory
@@ -137,9 +138,11 @@ def held_bytes(one: Target, peer: str) -> int:
         return 4 * model.parameters
     if peer != OURS:
         return model.bytes
-    if model.stored in DTYPES:
+    if model.stored in DTYPES and not policy.native:
         return (policy.dtype or getattr(mx, model.stored)).size * model.parameters
-    packed = policy.native and model.stored in [f"{bits}bit" for bits in kernels.PACKED_BITS]
+    if model.stored in DTYPES:
+        return model.bytes
+    packed = policy.native and model.stored in [f"{bits}bit" for bits in PACKED_BITS]
     return model.bytes if packed or not policy.dequantize(one.config) else 4 * model.parameters
 
 

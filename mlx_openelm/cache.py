@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -70,6 +70,7 @@ class KVCache:
         self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
         self.buffers: list[Buffer] = []
+        self.addresses: tuple[list[Buffer], Any] | None = None  # `backends.cpu`'s, of the buffers
 
     @property
     def batch(self) -> int | None:

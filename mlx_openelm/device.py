@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import allocator, blas, kernels
+from .backends import cpu
 from .config import OpenELMConfig
 from .shapes import tensor_shapes
 
@@ -23,7 +23,7 @@ class Policy:
     Attributes:
         name: the device, in words.
         dtype: what to compute in; None: in what the weights are stored in.
-        native: of this package's own kernels (`native`), not MLX's (`network`).
+        native: by the C library of `backends.cpu`, not by MLX's operations (`network`).
         compiled: steps are compiled.
         compile_after: how many short steps of a length aren't: tracing takes longer than they do.
         prefill_step: tokens of a prompt that one step takes.
@@ -48,7 +48,7 @@ class Policy:
         parts = [
             self.name,
             f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
-            "own kernels" if self.native else "MLX's kernels",
+            "own C library" if self.native else "MLX's kernels",
             "compiled" if self.compiled else "not compiled",
         ]
         if self.memory:
@@ -62,8 +62,8 @@ def policy() -> Policy:
 
     Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
     MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
-    matrix slower than its values. Compiling gains nothing there with so few primitives, and has
-    MLX run a C++ compiler (docs/performance.md).
+    matrix slower than its values; compiling a step would have it run a C++ compiler. So on a CPU
+    a step is computed in float32, by a C library of this package (docs/performance.md).
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         info = mx.device_info()
@@ -71,19 +71,15 @@ def policy() -> Policy:
     return Policy(
         _cpu(),
         mx.float32,
-        native=kernels.missing is None,
+        native=cpu.missing() is None,
         compiled=False,
         memory=_available_memory() // 2,
     )
 
 
 def _cpu() -> str:
-    parts = ["CPU", f"BLAS: {blas.in_use or 'that of MLX'}"]
-    if allocator.in_use:
-        parts.append("own allocator")
-    if kernels.missing:
-        parts.append(f"no kernels of its own ({kernels.missing})")
-    return ", ".join(parts)
+    missing = cpu.missing()
+    return "CPU" if missing is None else f"CPU, many times slower than it could be: {missing}"
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

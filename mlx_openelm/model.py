@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import mlx.core as mx
 
 from . import device, network
+from .backends import cpu
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
 from .quantization import Quantization, Scheme
@@ -51,10 +51,12 @@ class OpenELM:
         self.policy = policy or device.policy()
         if arrays is None:
             arrays = random_arrays(config)
-        self.weights = make_weights(config, arrays, quantization, dtype)
-        self._formulation = _formulation(self.policy, dtype)
-        if quantization is not None and self.policy.dequantize(config):
-            self.weights = dequantize(self.weights, dtype, self._formulation.multiplies)
+        native = self.policy.native and dtype == mx.float32
+        self.weights = make_weights(config, arrays, quantization, dtype, as_stored=native)
+        if quantization is not None and (native or self.policy.dequantize(config)):
+            multiplies = cpu.can_multiply if native else network.multiplies
+            self.weights = dequantize(self.weights, dtype, multiplies)
+        self._network = cpu.Network(config, self.weights) if native else None
         self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
@@ -78,6 +80,11 @@ class OpenELM:
         if cache is None:
             cache = self.make_cache()
         batch, length = tokens.shape
+        if self._network is not None:
+            cache.reserve(batch, length)
+            logits = self._network(tokens, cache, last_only)
+            cache.offset += length
+            return logits
         # What pads a step is overwritten by the next one; a ring would lose old tokens to it.
         padded = length
         # A context that slides takes steps of many lengths, which would each be traced.
@@ -107,7 +114,7 @@ class OpenELM:
         key = (scheme, last_only, compiled)
         if key in self._steps:
             return self._steps[key]
-        run: network.Step = self._formulation.make_step(self.config, self.weights, scheme)
+        run: network.Step = network.make_step(self.config, self.weights, scheme)
 
         def step(
             tokens: mx.array,
@@ -153,14 +160,6 @@ class OpenELM:
     def nbytes(self) -> int:
         """Bytes of all weights, as held in memory."""
         return sum(array.nbytes for array in self.parameters().values())
-
-
-def _formulation(policy: device.Policy, dtype: mx.Dtype) -> ModuleType:
-    if not policy.native or dtype != mx.float32:
-        return network
-    from . import native  # fails where its kernels are missing
-
-    return native
 
 
 _Out = tuple[mx.array, list[Buffer]]

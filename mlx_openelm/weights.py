@@ -71,8 +71,11 @@ def make_weights(
     arrays: Mapping[str, mx.array],
     quantization: Quantization | None,
     dtype: mx.Dtype,
+    as_stored: bool = False,
 ) -> Weights:
-    """Weights out of tensors by their name on disk, in `dtype`; the arguments are `OpenELM`'s.
+    """Weights out of tensors by their name on disk; the arguments are `OpenELM`'s.
+
+    Floating-point tensors are cast to `dtype`, but for matrices with `as_stored`.
 
     Raises:
         InputError: when a tensor is missing, too many, or of the wrong shape; names it.
@@ -88,8 +91,9 @@ def make_weights(
             raise InputError(
                 f"tensor {name} has the shape {list(array.shape)}; {list(shape)} is expected"
             )
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(dtype) if floating else array
+        if not mx.issubdtype(array.dtype, mx.floating) or (as_stored and len(shape) == 2):
+            return array
+        return array.astype(dtype)
 
     def vector(name: str) -> mx.array:
         return take(name + ".weight", shapes[name + ".weight"])

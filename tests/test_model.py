@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, device, kernels, load
+from mlx_openelm import InputError, OpenELM, device, load
+from mlx_openelm.backends import cpu
 from mlx_openelm.cache import FIRST_CAPACITY
 from mlx_openelm.model import LENGTHS, SHORT
 from mlx_openelm.quantization import Quantization, Scheme, quantize
@@ -21,11 +22,8 @@ POLICIES = {
     "MLX's kernels, compiled": device.Policy("a GPU"),
     "MLX's kernels": device.Policy("a GPU", compiled=False),
 }
-if kernels.missing is None:
-    POLICIES |= {
-        "native, compiled": device.Policy("CPU", mx.float32, native=True),
-        "native": device.Policy("CPU", mx.float32, native=True, compiled=False),
-    }
+if cpu.missing() is None:
+    POLICIES["the C library"] = device.Policy("CPU", mx.float32, native=True)
 
 
 def tokens_for(vocab: int, batch: int, length: int, seed: int = 1) -> np.ndarray:
@@ -107,7 +105,8 @@ def test_last_only_is_the_last_position(length: int, policy: str) -> None:
     ids=lambda s: f"{s.mode}-{s.bits}",
 )
 def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme) -> None:
-    native = pytest.importorskip("mlx_openelm.native", exc_type=ImportError)
+    if cpu.missing():
+        pytest.skip(cpu.missing())
     config = CONFIGS["untied"].__class__(
         **{**UNEVEN, "ffn_dim_divisor": 32, "head_dim": 16}, share_input_output_layers=False
     )
@@ -121,17 +120,14 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(scheme: Scheme)
             matrix = quantize(array, scheme)
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{part}": a for part, a in matrix.arrays()}
-            if native.multiplies(matrix):
+            if cpu.can_multiply(matrix):
                 multiplied |= {f"{module}.{part}" for part, _ in matrix.arrays()}
             dequantized[name] = np.array(matrix.take(mx.arange(array.shape[0]), mx.float32))
     tokens = tokens_for(config.vocab_size, 2, 12)
     wanted = reference.logits(config, dequantized, tokens)
-    for memory in (0, 1 << 20):
-        policy = device.Policy("CPU", mx.float32, native=True, memory=memory)
-        model = OpenELM(config, stored, Quantization(scheme), policy=policy)
-        kept = stored.keys() if memory == 0 else dequantized.keys() | multiplied
-        assert model.parameters().keys() == kept
-        assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
+    model = OpenELM(config, stored, Quantization(scheme), policy=POLICIES["the C library"])
+    assert model.parameters().keys() == dequantized.keys() | multiplied
+    assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < BOUND
     assert bool(multiplied) == (scheme.mode == "affine" and scheme.bits in (4, 8))
 
 
