@@ -12,6 +12,7 @@ from . import device, network
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
 from .quantization import Quantization, Scheme
+from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
 
 # Lengths that a compiled step is made for; in between, tokens are padded. Of short ones there are
@@ -62,7 +63,7 @@ class OpenELM:
     def __call__(
         self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
     ) -> mx.array:
-        """Logits of the tokens that follow.
+        """Logits of the tokens that follow. Waits for `tokens`, to check them.
 
         Args:
             tokens: [B, L] integers.
@@ -73,8 +74,16 @@ class OpenELM:
             [B, L, vocab_size], or [B, 1, vocab_size], in `dtype`.
 
         Raises:
-            InputError: when the tokens don't fit into the model's context.
+            InputError: when `tokens` aren't ids of the model's vocabulary, or don't fit into its
+                context.
         """
+        check_tokens(tokens, self.config.vocab_size)
+        return self.step(tokens, cache, last_only)
+
+    def step(
+        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+    ) -> mx.array:
+        """As a call, for integers that are known to be ids: checks nothing, waits for nothing."""
         if cache is None:
             cache = self.make_cache()
         batch, length = tokens.shape

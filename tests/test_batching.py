@@ -65,13 +65,27 @@ def test_processors_see_their_own_sequence(demo: Demo) -> None:
         assert text == alone(demo, prompt, n, logits_processors=penalty)
 
 
-def test_sequences_are_sampled_apart(demo: Demo) -> None:
+def test_sequences_are_sampled_apart_without_a_seed(demo: Demo) -> None:
     def texts() -> list[str]:
-        sampler = make_sampler(1.0, seed=3)
-        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=sampler).texts
+        mx.random.seed(3)
+        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=make_sampler(1.0)).texts
 
     assert texts() == texts()
     assert len(set(texts())) == 4
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 50, "min_p": 0.01}], ids=str)
+def test_a_seeded_text_is_its_own_whoever_else_is_in_the_batch(
+    demo: Demo, size: int, options: dict[str, float]
+) -> None:
+    sampler = make_sampler(1.0, seed=7, **options)  # type: ignore[arg-type]
+    limits = [3, 20, 17, 25]
+    wanted = [alone(demo, p, n, sampler=sampler) for p, n in zip(PROMPTS, limits, strict=True)]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1], [2]):
+        prompts, most = [PROMPTS[i] for i in order], [limits[i] for i in order]
+        response = batch_generate(*demo, prompts, most, completion_batch_size=size, sampler=sampler)
+        assert response.texts == [wanted[i] for i in order]
 
 
 def test_the_context_ends_each_sequence_by_itself(demo: Demo) -> None:
