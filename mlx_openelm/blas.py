@@ -128,8 +128,11 @@ def _libmlx() -> str | None:
 
 
 def _threads() -> int:
+    """As many as OpenMP is told to use, if that is a sensible number; else one for each core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, int(wanted)) if wanted.isdecimal() else len(os.sched_getaffinity(0))
+    if wanted.isdecimal() and len(wanted) < 6:
+        return max(1, int(wanted))
+    return len(os.sched_getaffinity(0))
 
 
 def _describe(name: str | None, kernel: bool) -> str | None:

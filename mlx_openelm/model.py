@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -11,6 +12,7 @@ import mlx.core as mx
 from . import device, network
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
+from .errors import OpenELMError
 from .quantization import Quantization, Scheme
 from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
@@ -35,7 +37,7 @@ class OpenELM:
         policy: how to compute (default: what suits the device).
 
     Raises:
-        InputError: when a tensor is missing, too many, or of the wrong shape; names it.
+        InputError: when a tensor is missing, too many, or of the wrong shape or dtype; names it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class OpenELM:
         dtype: mx.Dtype = mx.float32,
         policy: device.Policy | None = None,
     ) -> None:
+        self._process = os.getpid()
         self.config = config
         self.quantization = quantization
         self.dtype = dtype
@@ -83,7 +86,12 @@ class OpenELM:
     def step(
         self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
     ) -> mx.array:
-        """As a call, for integers that are known to be ids: checks nothing, waits for nothing."""
+        """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
+        if os.getpid() != self._process:
+            raise OpenELMError(
+                "the model was loaded in the process that this one was forked from, and MLX's "
+                "threads don't exist here: load it in this process, or start processes with spawn"
+            )
         if cache is None:
             cache = self.make_cache()
         batch, length = tokens.shape

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_openelm import allocator, blas
+from mlx_openelm import allocator, blas, kernels
 
 needs_kernel = pytest.mark.skipif(blas.KERNEL is None, reason="the kernel isn't built")
 PACKAGE = Path(blas.__file__).parent
@@ -428,7 +429,9 @@ def test_before_there_is_a_next_it_computes_everything(kernel: Kernel, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "threads"), [("3", 3), ("4,2", 4), ("0", 1), ("many", None), ("", None)]
+    ("wanted", "threads"),
+    [("3", 3), ("4,2", 4), ("0", 1), ("many", None), ("", None)]
+    + [(absurd, None) for absurd in ("9" * 20, "9" * 5000, "-3", "1e9", "2.5", "\u0663" * 30)],
 )
 def test_threads_are_as_many_as_openmp_is_told(
     monkeypatch: pytest.MonkeyPatch, wanted: str, threads: int | None
@@ -436,6 +439,16 @@ def test_threads_are_as_many_as_openmp_is_told(
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     if sys.platform == "linux":
         assert blas._threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("value", ["9" * 20, "9" * 5000, "-1", "x", "\u0663" * 30, " ", "1,2,3"])
+def test_no_value_of_a_variable_breaks_the_import(value: str) -> None:
+    names = ("OMP_NUM_THREADS", kernels.VARIABLE, allocator.VARIABLE, blas.VARIABLE)
+    code = (
+        "import mlx_openelm as m, mlx.core as mx; print((mx.ones((9, 9)) @ mx.ones(9))[0].item())"
+    )
+    result = python(code, **dict.fromkeys(names, value))
+    assert (result.returncode, result.stdout) == (0, "9.0\n"), result.stderr
 
 
 def test_openblas_leaves_the_threads_to_the_kernel(openblas: str) -> None:
@@ -492,6 +505,37 @@ def test_a_blas_that_keeps_its_threads_is_called_by_one_at_a_time(kernel: Kernel
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(product, range(12)))
     assert most == 1
+
+
+def test_a_child_forked_during_a_product_can_compute(kernel: Kernel) -> None:
+    kernel.set()
+    begun, finish = threading.Event(), threading.Event()
+    parent = os.getpid()
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        if os.getpid() == parent:
+            finish.wait(10)
+
+    kernel.pass_on_to(slow)
+    x = np.ones((100, 100), np.float32)
+
+    def product() -> None:
+        c = np.empty_like(x)
+        kernel(ROW_MAJOR, NO_TRANS, TRANS, 100, 100, 100, 1.0, x, 100, x, 100, 0.0, c, 100)
+
+    thread = threading.Thread(target=product)
+    thread.start()
+    begun.wait(10)
+    child = os.fork()
+    if not child:
+        signal.alarm(5)  # ends it if it waits
+        product()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    finish.set()
+    thread.join()
+    assert status == 0
 
 
 def test_the_blas_stays_out_of_the_way_of_others(openblas: str) -> None:

@@ -280,6 +280,11 @@ static sgemm *next = plain; /* who takes what is not for this kernel */
 static int shares; /* whether `next` uses one thread, so that workers can help */
 /* Else it may have threads of its own, or not be made for several callers. */
 static pthread_mutex_t next_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* A child that is forked during a product has nobody who would unlock it. */
+static void forked(void) { pthread_mutex_init(&next_lock, NULL); }
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forked); }
+
 static void (*set_threads)(int); /* how many `next` uses when this thread calls; if need be */
 
 static void pass_on(const product *p, ptrdiff_t m, ptrdiff_t n) {
