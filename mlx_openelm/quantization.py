@@ -163,11 +163,17 @@ def quantize(weight: mx.array, scheme: Scheme) -> Matrix:
     """Quantize [rows, columns]; `columns` must be a multiple of the scheme's group size.
 
     Raises:
-        InputError: when it isn't.
+        InputError: when it isn't, or MLX can't quantize such a shape.
     """
     if weight.shape[-1] % scheme.group_size:
         raise InputError(
             f"{weight.shape[-1]} columns are not a multiple of the group size {scheme.group_size}"
         )
-    parts = mx.quantize(weight, **scheme.to_dict())
+    try:
+        parts = mx.quantize(weight, **scheme.to_dict())
+    except ValueError as error:  # nvfp4: an odd number of rows of an odd number of groups
+        raise InputError(
+            f"MLX can't quantize {list(weight.shape)} to {scheme.bits} bits of mode {scheme.mode} "
+            f"({error})"
+        ) from None
     return Matrix(parts[0], parts[1], parts[2] if len(parts) > 2 else None, scheme)

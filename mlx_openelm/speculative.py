@@ -93,7 +93,8 @@ class Step(NamedTuple):
         rows = range(sum(takewhile(bool, agree)) + 1)
         if self.draft and self.draft.check:
             self.draft.check(text, drafted, rows)
-        return self.choice.wait(model, lambda row: [*text, *drafted[:row]], rows)[: len(rows)]
+        # Attention gives NaN of later tokens to earlier ones too, masked or not: 0 · NaN is NaN.
+        return self.choice.wait(model, lambda _: [*text, *drafted], rows)[: len(rows)]
 
 
 def speculative_generate_step(
