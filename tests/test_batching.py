@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -14,6 +16,9 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
+from mlx_openelm.batching import batch_generate_step
+from mlx_openelm.decoding import generate_step
+from mlx_openelm.sampling import LogitsProcessor
 from mlx_openelm.tokenizer import Tokenizer
 
 Demo = tuple[OpenELM, Tokenizer]
@@ -63,6 +68,46 @@ def test_processors_see_their_own_sequence(demo: Demo) -> None:
     response = batch_generate(*demo, PROMPTS, [30, 4, 30, 9], logits_processors=penalty)
     for prompt, text, n in zip(PROMPTS, response.texts, [30, 4, 30, 9], strict=True):
         assert text == alone(demo, prompt, n, logits_processors=penalty)
+
+
+def test_processors_change_the_row_whose_tokens_they_see(demo: Demo) -> None:
+    """Also after rows have left the batch, and others have moved up."""
+
+    def spy(seen: dict[tuple[int, ...], mx.array]) -> LogitsProcessor:
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            seen[tuple(tokens.tolist())] = logits  # type: ignore[arg-type]
+            return logits
+
+        return process
+
+    limits = [2, 12, 2, 12]
+    together: dict[tuple[int, ...], mx.array] = {}
+    batch_generate(*demo, PROMPTS, limits, logits_processors=[spy(together)])
+    for prompt, limit in zip(PROMPTS, limits, strict=True):
+        by_itself: dict[tuple[int, ...], mx.array] = {}
+        alone(demo, prompt, limit, logits_processors=[spy(by_itself)])
+        assert len(by_itself) == limit
+        for text, logits in by_itself.items():
+            assert mx.allclose(together[text], logits, atol=1e-3).item()
+
+
+def test_the_next_step_is_built_before_tokens_are_waited_for(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps = demo[0], 0
+    step = model.step
+
+    def counted(*arguments: Any, **options: Any) -> mx.array:
+        nonlocal steps
+        steps += 1
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(model, "step", counted)
+    prompts = [mx.array([1, 7, 9]), mx.array([1, 5])]
+    assert [steps for _ in batch_generate_step(prompts, model, [4, 4])] == [2, 3, 4, 4]
+    steps = 0
+    # One text's first token is given out before.
+    assert [steps for _ in generate_step(prompts[0], model, max_tokens=5)] == [1, 3, 4, 5, 5]
 
 
 def test_sequences_are_sampled_apart_without_a_seed(demo: Demo) -> None:
