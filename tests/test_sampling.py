@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -106,7 +107,15 @@ def test_temperature_zero_is_greedy() -> None:
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 1e-320}]
+    "filters",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"top_p": 1e-320},
+        {"top_p": 0.9, "top_k": 5, "min_p": 0.1},
+    ],
 )
 def test_a_tiny_temperature_is_greedy_in_the_limit(
     filters: dict[str, float], dtype: mx.Dtype, seed: int | None
@@ -200,3 +209,15 @@ def test_penalties_out_of_range_are_refused() -> None:
         make_logits_processors(frequency_penalty=1, frequency_context_size=0)
     with pytest.raises(InputError, match="for ids below 4"):
         processed([0], [0.0, 0.0, 0.0, 0.0], logit_bias={4: 1.0})
+
+
+@pytest.mark.parametrize("options", [{"temp": 0.8}, {"temp": 1.5, "top_k": 9}, {"temp": 0.05}])
+def test_without_a_seed_draws_are_those_of_mlx_lm(options: dict[str, Any]) -> None:
+    theirs = pytest.importorskip("mlx_lm.sample_utils")
+    rows = [mx.random.normal((1, 300), key=mx.random.key(i)) * 3 for i in range(12)]
+    logprobs = [row - mx.logsumexp(row, axis=-1, keepdims=True) for row in rows]
+    drawn = []
+    for sampler in (make_sampler(**options), theirs.make_sampler(**options)):
+        mx.random.seed(5)
+        drawn.append([sampler(row).item() for row in logprobs])
+    assert drawn[0] == drawn[1]
