@@ -44,9 +44,10 @@ SCHEMES: list[Scheme | None] = [
 # bits; the sums have up to 384 terms, and errors pass through at most 3 layers: some 100 roundings
 # of 6e-8 each, added up like a random walk and amplified by norms of small activations.
 BOUND = 5e-5
-# A quantized key or value is off by half a step of its group: amplitude / 2**bits, which the
-# softmax averages. Here only gross errors show; exact is what `test_cache` compares.
-KV_BOUNDS = {8: 0.05, 4: 0.6}
+# A quantized key or value is off by half a step of its group: amplitude / 2**bits. What becomes of
+# that depends on the network: over 100 of them the most was 0.033 and 0.50 of the largest logit, the
+# median 0.008 and 0.15. So only gross errors show in logits, and keys and values are compared too.
+KV_BOUNDS = {8: 0.15, 4: 1.5}
 
 
 @dataclass(frozen=True)
