@@ -45,8 +45,8 @@ SCHEMES: list[Scheme | None] = [
 # of 6e-8 each, added up like a random walk and amplified by norms of small activations.
 BOUND = 5e-5
 # A quantized key or value is off by half a step of its group: amplitude / 2**bits. What becomes of
-# that depends on the network: over 100 of them the most was 0.033 and 0.50 of the largest logit, the
-# median 0.008 and 0.15. So only gross errors show in logits, and keys and values are compared too.
+# that depends on the network: over 100 of them it was up to 0.033 and 0.50 of the largest logit,
+# the median 0.008 and 0.15. So only gross errors show in logits; keys and values are compared too.
 KV_BOUNDS = {8: 0.15, 4: 1.5}
 
 
