@@ -157,7 +157,15 @@ class KVCache:
             self.buffers = empty
 
     def select(self, rows: list[int]) -> None:
-        """Keep only these sequences."""
+        """Keep only these sequences, by their index, in this order.
+
+        Raises:
+            InputError: when there is no such sequence.
+        """
+        batch = self.batch or 0
+        for row in rows:
+            if not 0 <= row < batch:
+                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
         kept = mx.array(rows)
         self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
 from .backends import cpu
 from .config import OpenELMConfig
+from .memory import available_memory
 from .shapes import tensor_shapes
 
 COMPILE_AFTER = 2  # a length that has come twice will come again
@@ -38,6 +37,11 @@ class Policy:
     compile_after: int = 0
     prefill_step: int = 512
     memory: int = 0
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether the device computes a step while the next one is built."""
+        return not self.native
 
     def dequantize(self, config: OpenELMConfig) -> bool:
         """Whether quantized weights of this geometry are dequantized at load, into float32."""
@@ -73,7 +77,7 @@ def policy() -> Policy:
         mx.float32,
         native=cpu.missing() is None,
         compiled=False,
-        memory=_available_memory() // 2,
+        memory=available_memory() // 2,
     )
 
 
@@ -85,15 +89,6 @@ def _cpu() -> str:
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """What to compute in, for weights stored in `stored`."""
     return policy().dtype or stored
-
-
-def _available_memory() -> int:
-    """Bytes that can be used without swapping; half of the memory where it isn't known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +12,9 @@ from . import device, network
 from .backends import cpu
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
+from .errors import OpenELMError
 from .quantization import Quantization, Scheme
+from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
 
 # Lengths that a compiled step is made for; in between, tokens are padded. Of short ones there are
@@ -34,7 +37,7 @@ class OpenELM:
         policy: how to compute (default: what suits the device).
 
     Raises:
-        InputError: when a tensor is missing, too many, or of the wrong shape; names it.
+        InputError: when a tensor is missing, too many, or of the wrong shape or dtype; names it.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class OpenELM:
         dtype: mx.Dtype = mx.float32,
         policy: device.Policy | None = None,
     ) -> None:
+        self._process = os.getpid()
         self.config = config
         self.quantization = quantization
         self.dtype = dtype
@@ -64,7 +68,7 @@ class OpenELM:
     def __call__(
         self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
     ) -> mx.array:
-        """Logits of the tokens that follow.
+        """Logits of the tokens that follow. Waits for `tokens`, to check them.
 
         Args:
             tokens: [B, L] integers.
@@ -75,8 +79,21 @@ class OpenELM:
             [B, L, vocab_size], or [B, 1, vocab_size], in `dtype`.
 
         Raises:
-            InputError: when the tokens don't fit into the model's context.
+            InputError: when `tokens` aren't ids of the model's vocabulary, or don't fit into its
+                context.
         """
+        check_tokens(tokens, self.config.vocab_size)
+        return self.step(tokens, cache, last_only)
+
+    def step(
+        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+    ) -> mx.array:
+        """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
+        if os.getpid() != self._process:
+            raise OpenELMError(
+                "the model was loaded in the process that this one was forked from, and MLX's "
+                "threads don't exist here: load it in this process, or start processes with spawn"
+            )
         if cache is None:
             cache = self.make_cache()
         batch, length = tokens.shape

@@ -142,7 +142,13 @@ class Matrix:
         """`rows` [...] of integers → those rows, [..., columns], in `dtype`."""
         if self.scheme is None:
             return self.weight[rows].astype(dtype)
-        return self._values(rows, dtype)
+        flat = rows.reshape(-1)
+        assert self.scales is not None
+        if self.scheme.mode == "nvfp4" and flat.size * self.scales.shape[-1] % 2:
+            # MLX's CPU backend takes these groups of 16 in pairs.
+            flat = mx.concatenate([flat, flat[:1]])
+        values = self._values(flat, dtype)[: rows.size]
+        return values.reshape(*rows.shape, -1)
 
     def _values(self, rows: Any, dtype: mx.Dtype) -> mx.array:
         assert self.scheme is not None and self.scales is not None
@@ -166,11 +172,17 @@ def quantize(weight: mx.array, scheme: Scheme) -> Matrix:
     """Quantize [rows, columns]; `columns` must be a multiple of the scheme's group size.
 
     Raises:
-        InputError: when it isn't.
+        InputError: when it isn't, or MLX can't quantize such a shape.
     """
     if weight.shape[-1] % scheme.group_size:
         raise InputError(
             f"{weight.shape[-1]} columns are not a multiple of the group size {scheme.group_size}"
         )
-    parts = mx.quantize(weight, **scheme.to_dict())
+    try:
+        parts = mx.quantize(weight, **scheme.to_dict())
+    except ValueError as error:  # nvfp4: an odd number of rows of an odd number of groups
+        raise InputError(
+            f"MLX can't quantize {list(weight.shape)} to {scheme.bits} bits of mode {scheme.mode} "
+            f"({error})"
+        ) from None
     return Matrix(parts[0], parts[1], parts[2] if len(parts) > 2 else None, scheme)
