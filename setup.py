@@ -1,13 +1,17 @@
 """The libraries that help MLX's CPU backend on Linux; all else is in pyproject.toml.
 
-Where they can't be compiled, the package is installed without them.
+Where they can't be compiled, the package is installed without them. On a Mac there are none, and
+nothing but setuptools is needed.
 """
 
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+runpy.run_path(str(Path(__file__).parent / "scripts" / "supported.py"), run_name="__main__")
 
 
 def library(name: str, sources: str, *options: str, **more: object) -> Extension:

@@ -36,10 +36,13 @@ def load() -> None:
 
     On other systems than Linux nothing is done: there MLX uses the system's BLAS as it is.
     """
-    global in_use
     wanted = os.environ.get(VARIABLE)
-    if sys.platform != "linux" or wanted == "0" or in_use is not None:
-        return
+    if sys.platform == "linux" and wanted != "0" and in_use is None:
+        _load(wanted)
+
+
+def _load(wanted: str | None) -> None:
+    global in_use
     name = None if wanted == "own" else _find(wanted)
     if name is None and (KERNEL is None or wanted not in (None, "", "own")):
         return
@@ -49,7 +52,7 @@ def load() -> None:
             f"import mlx_openelm first to use {name or 'the kernel for few rows'} "
             f"({VARIABLE}=0 silences this)",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     kernel = _load_kernel(name)
@@ -68,7 +71,7 @@ def _find(wanted: str | None) -> str | None:
             library = ctypes.CDLL(name, mode=os.RTLD_LOCAL)
         except OSError as error:
             if wanted:
-                warnings.warn(f"{VARIABLE}={wanted}: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"{VARIABLE}={wanted}: {error}", RuntimeWarning, stacklevel=5)
             continue
         if hasattr(library, "cblas_sgemm"):
             return name
@@ -129,7 +132,10 @@ def _libmlx() -> str | None:
 
 def _threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, int(wanted)) if wanted.isdecimal() else len(os.sched_getaffinity(0))
+    if wanted.isdecimal():
+        return max(1, int(wanted))
+    available = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    return len(available(0)) if available else os.cpu_count() or 1
 
 
 def _describe(name: str | None, kernel: bool) -> str | None:

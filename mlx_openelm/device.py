@@ -11,8 +11,10 @@ import mlx.core as mx
 
 from . import allocator, blas, kernels
 from .config import OpenELMConfig
+from .errors import InputError
 from .shapes import tensor_shapes
 
+VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
 COMPILE_AFTER = 2  # a length that has come twice will come again
 
 
@@ -58,16 +60,26 @@ class Policy:
 
 
 def policy() -> Policy:
-    """What suits MLX's default device.
+    """What suits MLX's default device, or what `MLX_OPENELM_POLICY` names.
+
+    `MLX_OPENELM_POLICY=gpu` computes on a CPU as on a GPU: the same dtypes, operations and compiled
+    steps, so that what a GPU runs can be tested without one. It is slow.
 
     Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
     MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
     matrix slower than its values. Compiling gains nothing there with so few primitives, and has
     MLX run a C++ compiler (docs/performance.md).
+
+    Raises:
+        InputError: when the variable names no policy.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
-        info = mx.device_info()
-        return Policy(str(info.get("device_name", "GPU")), compile_after=COMPILE_AFTER)
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "gpu"):
+        raise InputError(f"{VARIABLE}={wanted}: the only value is gpu; unset it for the default")
+    on_gpu = mx.default_device().type != mx.DeviceType.cpu
+    if on_gpu or wanted:
+        name = mx.device_info().get("device_name", "GPU") if on_gpu else f"CPU, {VARIABLE}=gpu"
+        return Policy(str(name), compile_after=COMPILE_AFTER)
     return Policy(
         _cpu(),
         mx.float32,
