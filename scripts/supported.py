@@ -18,13 +18,18 @@ def unsupported():
     """The reason why not; None if there is none."""
     if sys.version_info < OLDEST_PYTHON:
         return "Python %d.%d or newer is needed, and %s is %s: install one from python.org" % (
-            OLDEST_PYTHON + (sys.executable, platform.python_version())
+            OLDEST_PYTHON[0],
+            OLDEST_PYTHON[1],
+            sys.executable,
+            platform.python_version(),
         )
     if sys.platform != "darwin":
         return None
     if platform.machine() != "arm64":
         if _translated():
-            return "%s is for Intel and runs in Rosetta: install a Python for arm64" % sys.executable
+            return (
+                "%s is for Intel and runs in Rosetta: install a Python for arm64" % sys.executable
+            )
         return "a Mac with Apple silicon is needed: MLX doesn't run on an Intel Mac"
     macos = platform.mac_ver()[0]
     if int(macos.split(".")[0] or OLDEST_MACOS) < OLDEST_MACOS:
@@ -35,7 +40,9 @@ def unsupported():
 def _translated():
     """Whether this process, for Intel, is run by Rosetta on Apple silicon."""
     try:
-        answer = subprocess.check_output(["sysctl", "-n", "sysctl.proc_translated"])
+        answer = subprocess.check_output(
+            ["sysctl", "-n", "sysctl.proc_translated"], stderr=subprocess.STDOUT
+        )
     except (OSError, subprocess.CalledProcessError):  # an Intel Mac doesn't know the name
         return False
     return answer.strip() == b"1"
