@@ -56,7 +56,7 @@ check: $(call installed,dev-)
 check-mac: $(call installed,dev-)
 	$(BIN)/mypy --platform darwin
 	$(RUN) -m pytest tests/mac
-	MLX_OPENELM_POLICY=gpu $(RUN) -m pytest $(PYTEST_ARGS)
+	MLX_OPENELM_POLICY=gpu PYTHONPATH="$(CURDIR)/tests/mac/stand_in:$(CURDIR)" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(call installed,bench-)
 	$(RUN) -m mlx_openelm.benchmarks -o $(OUT)

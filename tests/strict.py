@@ -37,7 +37,7 @@ class _At:
         self._array, self._at = array, at
 
     def __getitem__(self, index: Any) -> Any:
-        if complaint := item(self._array, index):
+        if complaint := scatter(self._array, index):
             raise Misread(f"array.at: {complaint}")
         return self._at[index]
 
@@ -106,6 +106,14 @@ def item(array: mx.array, index: Any, *_: Any) -> str | None:
     return None
 
 
+def scatter(array: mx.array, index: Any, *_: Any) -> str | None:
+    """As `item`; and Metal has no atomic operations on eight bytes."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if array.dtype.size == 8 and any(isinstance(part, (mx.array, list)) for part in parts):
+        return f"scattering into {array.dtype}"
+    return item(array, index)
+
+
 def slice_update(
     array: mx.array, update: mx.array, start: mx.array, axes: Any, **_: Any
 ) -> str | None:
@@ -132,7 +140,7 @@ CHECKS: list[tuple[Any, str, Callable[..., str | None]]] = [
     (mx, "put_along_axis", along_axis),
     (mx, "slice_update", slice_update),
     (mx.array, "__getitem__", item),
-    (mx.array, "__setitem__", item),
+    (mx.array, "__setitem__", scatter),
     (mx.array, "astype", astype),
 ]
 

@@ -38,6 +38,12 @@ def test_indices(index: int, there: bool) -> None:
     assert (strict.item(array[0], [0, index]) is None) is there
 
 
+def test_eight_bytes_are_not_scattered() -> None:
+    assert strict.scatter(mx.zeros(4, mx.int64), mx.array([1]))
+    assert strict.scatter(mx.zeros(4, mx.int64), slice(1)) is None
+    assert strict.scatter(mx.zeros(4, mx.int32), mx.array([1])) is None
+
+
 @pytest.mark.parametrize(("start", "there"), [(0, True), (2, True), (3, False), (-1, False)])
 def test_slots(start: int, there: bool) -> None:
     found = strict.slice_update(mx.zeros((1, 4)), mx.zeros((1, 2)), mx.array([start]), (1,))

@@ -13,17 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "mlx_openelm" / "demo" / "demo"
 
-# Read by Python at its start. `_scproxy` is a module that only macOS has.
-STAND_IN = """
-import os, platform, sys, types
-sys.modules["_scproxy"] = proxies = types.ModuleType("_scproxy")
-proxies._get_proxies = proxies._get_proxy_settings = dict
-sys.platform = "darwin"
-platform.system = lambda: "Darwin"
-platform.machine = lambda: "arm64"
-platform.mac_ver = lambda *_: ("15.1", ("", "", ""), "arm64")
-del os.sched_getaffinity
-"""
+STAND_IN = ROOT / "tests" / "mac" / "stand_in"
 
 Mac = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -31,8 +21,7 @@ Mac = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def mac(tmp_path: Path) -> Mac:
     """Runs a module as a Mac would."""
-    (tmp_path / "sitecustomize.py").write_text(STAND_IN)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "MLX_OPENELM_POLICY": "gpu"}
+    environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}", "MLX_OPENELM_POLICY": "gpu"}
 
     def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
