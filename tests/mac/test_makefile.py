@@ -192,6 +192,7 @@ def test_pip_takes_what_is_asked_for_on_a_mac(
     assert "is up to date" in make(mac, *arguments, cwd=copy)
     installed = subprocess.run(
         [copy / ".venv/bin/python", "-m", "pip", "show", "mlx-openelm"],
+        env=mac,
         capture_output=True,
         text=True,
     )
