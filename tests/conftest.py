@@ -33,7 +33,7 @@ if AS_ON_A_GPU:
 WITHOUT_THE_POLICY = """
     allocator blas kernels
     compare config geometry hub machine names pace packaging progress report results roofline
-    safetensors_file sources stopping tokenizer torch_file unpickler vocabulary workloads
+    safetensors_file sources stopping tokenizer torch_file unpickler workloads
 """
 collect_ignore = [f"test_{name}.py" for name in WITHOUT_THE_POLICY.split() if AS_ON_A_GPU]
 

@@ -7,6 +7,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_openelm.convert import adapters
+from mlx_openelm.convert.sources import LazyTensor
+
 from . import strict
 
 HEADS = mx.zeros((2, 3, 1, 8), mx.float16)
@@ -36,6 +39,18 @@ def test_indices(index: int, there: bool) -> None:
     assert (strict.along_axis(array, indices[None], axis=1) is None) is there
     assert (strict.item(array, (slice(None), indices)) is None) is there
     assert (strict.item(array[0], [0, index]) is None) is there
+
+
+def test_adapters_merge_into_float64_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tensor(name: str, value: mx.array, dtype: str) -> LazyTensor:
+        return LazyTensor(name, value.shape, dtype, lambda start, stop: value[start:stop])
+
+    base = tensor("proj_1.weight", mx.array([[1.0, 2.0]], mx.float64), "float64")
+    a, b = tensor("A", mx.ones((1, 2)), "float32"), tensor("B", mx.ones((1, 1)), "float32")
+    monkeypatch.setattr(mx.array, "astype", strict._checked(mx.array.astype, strict.astype))
+    rows = adapters._rows(base, a, b, None, 0.5, False, 0, 1)
+    assert rows.dtype == mx.float64
+    assert rows.tolist() == [[1.5, 2.5]]
 
 
 def test_eight_bytes_are_not_scattered() -> None:
