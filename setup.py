@@ -1,9 +1,10 @@
 """The C library for CPUs (mlx_openelm/backends/cpu/src); all else is in pyproject.toml.
 
 It needs a C++ compiler, and neither Python's headers nor MLX's. Where it can't be compiled, the
-package is installed without it.
+package is installed without it. On a Mac nothing but setuptools is needed.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 FLAGS = "-std=c++17 -O3 -g0 -fno-strict-aliasing -fvisibility=hidden"
 SOURCES = Path("mlx_openelm/backends/cpu/src")
+
+runpy.run_path(str(Path(__file__).parent / "scripts" / "supported.py"), run_name="__main__")
 
 
 class BuildLibrary(build_ext):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from shutil import get_terminal_size
@@ -24,6 +25,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    # Merged adapters, trial runs and `verify` need float32, and a GPU may multiply it in TF32. MLX
+    # looks at its first product.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     command = import_module(f".commands.{name or 'convert'}", __package__)

@@ -154,7 +154,7 @@ def _rows(
     if magnitude is not None:
         wanted = _float32(magnitude.read()).reshape(-1, 1)[start:stop]
         rows = rows * (wanted / mx.linalg.norm(rows, axis=1, keepdims=True))
-    rows = rows.astype(DTYPES[base.dtype][1])
+    rows = rows.astype(DTYPES[base.dtype][1], stream=mx.cpu)  # a GPU has no float64
     mx.eval(rows)
     return rows
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from .backends import cpu
 from .config import OpenELMConfig
+from .errors import InputError
 from .memory import available_memory
 from .shapes import tensor_shapes
 
+VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
 COMPILE_AFTER = 2  # a length that has come twice will come again
 
 
@@ -62,16 +65,26 @@ class Policy:
 
 
 def policy() -> Policy:
-    """What suits MLX's default device.
+    """What suits MLX's default device, or what `MLX_OPENELM_POLICY` names.
+
+    `MLX_OPENELM_POLICY=gpu` computes on a CPU as on a GPU: the same dtypes, operations and compiled
+    steps, so that what a GPU runs can be tested without one. It is slow.
 
     Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
     MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
     matrix slower than its values; compiling a step would have it run a C++ compiler. So on a CPU
     a step is computed in float32, by a C library of this package (docs/performance.md).
+
+    Raises:
+        InputError: when the variable names no policy.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
-        info = mx.device_info()
-        return Policy(str(info.get("device_name", "GPU")), compile_after=COMPILE_AFTER)
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "gpu"):
+        raise InputError(f"{VARIABLE}={wanted}: the only value is gpu; unset it for the default")
+    on_gpu = mx.default_device().type != mx.DeviceType.cpu
+    if on_gpu or wanted:
+        name = mx.device_info().get("device_name", "GPU") if on_gpu else f"CPU, {VARIABLE}=gpu"
+        return Policy(str(name), compile_after=COMPILE_AFTER)
     return Policy(
         _cpu(),
         mx.float32,
