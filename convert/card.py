@@ -7,8 +7,8 @@ from pathlib import Path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.files import read_json
 
+from .outputs import RECORD
 from .verify import stored_quantization
-from .writer import RECORD
 
 _CARD = """\
 ---

@@ -25,14 +25,14 @@ from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from mlx_openelm.tokenizer_files import write_tokenizer_files
 
-from .atomic import check_target, new_directory
+from .atomic import check_directory, new_directory
 from .behind import behind
 from .floats import cast, choose_dtype, dtype_name
+from .outputs import MARK, RECORD
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
 
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
-RECORD = "conversion.json"
 CHAT_FILE = "chat_template.jinja"
 # What belongs to a tokenizer.json
 TOKENIZER_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_FILE)
@@ -90,6 +90,7 @@ def convert(
     *,
     tokenizer: Path | None = None,
     source: Mapping[str, Any] | None = None,
+    reads: Iterable[Path] = (),
     force: bool = False,
     progress: Progress = lambda name, done: None,
 ) -> Conversion:
@@ -102,17 +103,20 @@ def convert(
         options: what to make of them.
         tokenizer: a SentencePiece file, or a tokenizer.json, to put beside the weights.
         source: what the tensors came from, for `conversion.json`.
-        force: replace `out` if it exists.
+        reads: the files and directories that the tensors and options came from, which are never
+            replaced.
+        force: replace `out` if it is a directory that this program wrote.
         progress: told about every block.
 
     Raises:
         InputError: when the tensors aren't those of `config`, when a value isn't finite or
             doesn't fit into the dtype, when the tokenizer has too many pieces, or when `out`
-            isn't empty.
+            must not be replaced (see `atomic.check_directory`).
         OpenELMError: when `out` can't be written.
     """
     start = time.perf_counter()
-    check_target(out, force)
+    reads = [*reads, *([tokenizer] if tokenizer else [])]
+    check_directory(out, force, reads)
     tensors, notes = without_redundant_head(tensors, config)
     check_shapes(tensors, config)
     if tokenizer is not None:
@@ -136,9 +140,9 @@ def convert(
         bytes_after=sum(spec.nbytes for spec in specs.values()),
         notes=[*notes, *more, *most],
     )
-    with new_directory(out, force) as directory:
+    with new_directory(out, force, reads) as directory:
         hashes = _Hashes() if options.hashes else None
-        with new_shards(directory, specs, METADATA) as write:
+        with new_shards(directory, specs, {**METADATA, **MARK}) as write:
             _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
         save_config(directory, config, quantization)
         if tokenizer is not None:

@@ -10,6 +10,7 @@ from typing import TypeGuard
 from mlx_openelm.command import tell
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import user_path
 from mlx_openelm.hub import resolve_source
 
 from ..adapters import EMBEDDINGS, Scale, alpha_over_rank, corenet_scale, merge, split
@@ -24,7 +25,7 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     """The options that `open_checkpoint` looks at."""
     p.add_argument(
         "--config",
-        type=Path,
+        type=path_option,
         metavar="FILE",
         help="CoreNet's training YAML or a config.json, where the checkpoint has none "
         "(default: inferred from the tensors' shapes)",
@@ -42,6 +43,14 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
         help="of a LoRA or DoRA adapter (default: from its config, or the training YAML)",
     )
     p.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
+
+
+def path_option(text: str) -> Path:
+    """`files.user_path` as the type of an option."""
+    try:
+        return user_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def open_checkpoint(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 from pathlib import Path
 
 from mlx_openelm.command import tell
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
 from mlx_openelm.quantization import MODES
 from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
@@ -17,7 +19,7 @@ from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
 from ..writer import Conversion, Options, convert
-from .checkpoint import add_source_options, open_checkpoint, tell_notes
+from .checkpoint import add_source_options, open_checkpoint, path_option, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
 
@@ -32,14 +34,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a CoreNet .pt, a directory of Hugging Face or MLX, or a Hugging Face id",
     )
-    p.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="directory to make")
+    p.add_argument(
+        "--out", "-o", type=path_option, required=True, metavar="DIR", help="directory to make"
+    )
     p.add_argument(
         "--tokenizer",
         metavar="PATH_OR_REPO",
         help="SentencePiece tokenizer.model to put into the directory",
     )
     p.add_argument("--chat", action="store_true", help="an Instruct model, though its name isn't")
-    p.add_argument("--force", action="store_true", help="replace the directory if it exists")
+    p.add_argument("--force", action="store_true", help="replace an earlier output")
     p.add_argument("--verify", action="store_true", help="compare the result with the source")
 
     add_source_options(p.add_argument_group("which weights"))
@@ -57,7 +61,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recipe",
-        type=Path,
+        type=path_option,
         metavar="FILE",
         help='JSON: module pattern to {"bits", "group_size", "mode"} or "keep"; the first that '
         "fits decides, before -q",
@@ -98,6 +102,7 @@ def command(args: argparse.Namespace) -> int:
             options,
             tokenizer=tokenizer,
             source=_source(args, checkpoint.source),
+            reads=_reads(args, checkpoint.source),
             force=args.force,
             progress=report,
         )
@@ -109,6 +114,13 @@ def command(args: argparse.Namespace) -> int:
         )
     print(_closing(args.out, done))
     return compare_with_source(args.out, checkpoint) if args.verify else 0
+
+
+def _reads(args: argparse.Namespace, source: Source) -> list[Path]:
+    """What is read and lies on this machine, which must not be replaced."""
+    named = (args.source, args.base, args.tokenizer, args.config, args.recipe)
+    paths = [source.path, *(user_path(name) for name in named if name is not None)]
+    return [path for path in paths if os.path.exists(path)]
 
 
 def _source(args: argparse.Namespace, source: Source) -> dict[str, object]:

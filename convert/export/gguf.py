@@ -19,9 +19,10 @@ from mlx_openelm.shards import raw
 from mlx_openelm.tokenizer import load_tokenizer
 from mlx_openelm.tokenizer_files import Piece, parse_sentencepiece
 
-from ..atomic import new_file
+from ..atomic import new_files
 from ..checkpoint import Checkpoint
 from ..floats import DTYPES, cast
+from ..outputs import starts_like
 from ..sources import LazyTensor
 from ..sources.huggingface import open_weights
 
@@ -46,6 +47,9 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", **QUANTIZED}
 BLOCK = 32  # weights that share scale (and minimum) in Q8_0 and Q4_1
 UNUSED = 5  # kind of a token that the tokenizer doesn't have
 LOWEST_SCORE = -1000.0
+WHY_NOT = starts_like(
+    "a GGUF of an OpenELM", lambda start: start[:4] == b"GGUF" and b"openelm" in start
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def write_gguf(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> 
     chosen = dtype or _stored_type(model)
     parts = _parts(model, chosen)
     tokens, notes = _tokens(model)
-    with new_file(out, force) as path:
+    with new_files({out: WHY_NOT}, force, [model.source.path]) as [path]:
         writer = GGUFWriter(path, "openelm")
         _add_geometry(writer, model.config, chosen)
         _add_tokenizer(writer, model, tokens)

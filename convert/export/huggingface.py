@@ -13,9 +13,10 @@ from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint
 from ..floats import cast, dtype_name
+from ..outputs import MARK
 from ..sources.lazy import DTYPES
 
-_METADATA = {"format": "pt"}
+_METADATA = {"format": "pt", **MARK}
 _TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -26,7 +27,7 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
     specs = {
         name: Spec(DTYPES[dtype or tensors[name].dtype][1], shape) for name, shape in names.items()
     }
-    with new_directory(out, force) as directory:
+    with new_directory(out, force, [model.source.path]) as directory:
         with new_shards(directory, specs, _METADATA) as write:
             for name, spec in specs.items():
                 for rows in tensors[name].blocks():
