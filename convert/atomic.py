@@ -19,14 +19,11 @@ from pathlib import Path
 
 from mlx_openelm.command import tell
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.files import shown, sync
-from mlx_openelm.hub import MODEL_FILES, PICKLED_FILES
+from mlx_openelm.files import sync
 
 from . import outputs
 from .rename import create, exchange
-
-# Why the file at a path can't be replaced, in words; None: it can
-WhyNot = Callable[[Path], str | None]
+from .targets import WhyNot, check_directory, check_file, check_ours, name_of
 
 _MARKER = "mlx-openelm-partial"
 """A file in a work directory, as long as all that is in there may be removed."""
@@ -83,118 +80,6 @@ def new_files(
         _put(work, places, force)
 
 
-def check_directory(out: Path, force: bool, reads: Iterable[Path] = ()) -> Path:
-    """Refuse a directory to make that is something else, or that must not be replaced.
-
-    Returns:
-        The path without links.
-
-    Raises:
-        InputError: when it is a link or a file; the current directory, the home directory, or one
-            that holds them or anything of `reads`; when it holds what this program hasn't
-            written; or when it isn't empty and `force` isn't given.
-    """
-    with _looking_into(out):
-        place = _resolved(out)
-        if not os.path.lexists(place):
-            return place
-        if not place.is_dir():
-            raise InputError(f"{_name(out)} exists and is not a directory")
-        _refuse_above(out, place, reads)
-        _check_ours(place, out, outputs.why_not_ours)
-        if any(place.iterdir()) and not force:
-            raise InputError(f"{_name(out)} exists and is not empty (--force replaces it)")
-        return place
-
-
-def check_file(out: Path, force: bool, why_not: WhyNot, reads: Iterable[Path] = ()) -> Path:
-    """Refuse a file to make that is something else, or that must not be replaced.
-
-    Returns:
-        The path without links.
-
-    Raises:
-        InputError: when it is a link, a directory or no regular file; one of `reads`, or a
-            model's file in one of them; when `why_not` gives a reason; or when it exists and
-            `force` isn't given.
-    """
-    with _looking_into(out):
-        place = _resolved(out)
-        if not os.path.lexists(place):
-            return place
-        if place.is_dir():
-            raise InputError(f"{_name(out)} is a directory; a file is to be written")
-        if not place.is_file():
-            raise InputError(f"{_name(out)} exists and is not a regular file")
-        if _identity(place) in set(map(_identity, _files_of(reads))):
-            raise InputError(f"{_name(out)}: is being read; choose another name")
-        if not force:
-            raise InputError(f"{_name(out)} exists (--force replaces it)")
-        _check_ours(place, out, why_not)
-        return place
-
-
-def _resolved(out: Path) -> Path:
-    if out.is_symlink():
-        raise InputError(f"{_name(out)}: a symbolic link; name what is to be written itself")
-    try:
-        place = out.resolve()
-    except RuntimeError:
-        raise InputError(f"{_name(out)}: its links go in a circle") from None
-    if not place.name:
-        raise InputError(f"{_name(out)}: is the root directory; choose another name")
-    return place
-
-
-def _refuse_above(out: Path, place: Path, reads: Iterable[Path]) -> None:
-    """Refuse a directory that is, or holds, the current one, the home or anything of `reads`."""
-    here = _identity(place)
-    for what, paths in (
-        ("the current directory", _existing(os.getcwd)),
-        ("the home directory", _existing(lambda: os.path.expanduser("~"))),
-        ("what is being read", _files_of(reads)),
-    ):
-        for path in paths:
-            for real in {Path(os.path.abspath(path)), Path(os.path.realpath(path))}:
-                if here in map(_identity, (real, *real.parents)):
-                    raise InputError(
-                        f"{_name(out)}: is, or holds, {what} ({_name(path)}); choose another name"
-                    )
-
-
-def _existing(find: Callable[[], str]) -> list[Path]:
-    try:
-        return [Path(find())]
-    except OSError:  # the current directory was removed
-        return []
-
-
-def _files_of(reads: Iterable[Path]) -> Iterator[Path]:
-    """The paths themselves, and a directory's files that a model may be read from."""
-    for path in reads:
-        yield path
-        if path.is_dir():
-            for pattern in {*MODEL_FILES, *PICKLED_FILES}:
-                yield from path.glob(pattern)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode: the same for every spelling of a path."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-@contextmanager
-def _looking_into(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{_name(out)}: can't be looked into ({error.strerror})") from None
-
-
 @contextmanager
 def _work(out: Path, place: Path) -> Iterator[Path]:
     """A locked work directory beside `place`, which is gone at the end."""
@@ -204,7 +89,7 @@ def _work(out: Path, place: Path) -> Iterator[Path]:
             _remove_remains(place)
             work, lock = _make(place)
         except OSError as error:
-            raise OpenELMError(f"{_name(out)}: can't be written ({error.strerror})") from None
+            raise OpenELMError(f"{name_of(out)}: can't be written ({error.strerror})") from None
         if lock is not None:
             stack.callback(os.close, lock)
         stack.callback(_discard, work)
@@ -213,7 +98,7 @@ def _work(out: Path, place: Path) -> Iterator[Path]:
             _sync(place.parent)
         except OSError as error:
             reason = error.strerror or error
-            raise OpenELMError(f"{_name(out)}: can't be written ({reason})") from None
+            raise OpenELMError(f"{name_of(out)}: can't be written ({reason})") from None
 
 
 def _make_parents(parent: Path, stack: ExitStack) -> None:
@@ -236,7 +121,7 @@ def _put(work: Path, places: Mapping[Path, WhyNot], force: bool) -> None:
             except FileExistsError:
                 if not force:
                     raise InputError(
-                        f"{_name(place)}: something appeared there meanwhile, which stays; the "
+                        f"{name_of(place)}: something appeared there meanwhile, which stays; the "
                         "new output was not written"
                     ) from None
                 _replace(work, made, place, why_not)
@@ -252,20 +137,14 @@ def _put(work: Path, places: Mapping[Path, WhyNot], force: bool) -> None:
 
 def _replace(work: Path, made: Path, place: Path, why_not: WhyNot) -> None:
     """Exchange both; without its marker, no later run removes the work directory meanwhile."""
-    _check_ours(place, place, why_not)
+    check_ours(place, place, why_not)
     (work / _MARKER).unlink(missing_ok=True)
     exchange(made, place, work / _ASIDE)
     try:
-        _check_ours(made, place, why_not)
+        check_ours(made, place, why_not)
     except BaseException:
         exchange(made, place, work / _ASIDE)
         raise
-
-
-def _check_ours(path: Path, place: Path, why_not: WhyNot) -> None:
-    reason = why_not(path)
-    if reason is not None:
-        raise InputError(f"{_name(place)}: {reason}; it is never replaced: choose another name")
 
 
 def _prefix(place: Path) -> str:
@@ -306,7 +185,7 @@ def _remove_remains(place: Path) -> None:
             _discard(remains)
             if (remains / _NEW).is_dir():
                 tell(
-                    f"{_name(remains)}: left by a run that was killed while it replaced its "
+                    f"{name_of(remains)}: left by a run that was killed while it replaced its "
                     "output; has the old one or the new one: look, then delete it"
                 )
         finally:
@@ -361,9 +240,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _name(path: Path) -> str:
-    """A path in an error message: one line, whatever characters it has."""
-    text = str(path)
-    return text if text.isprintable() and len(text) <= 300 else shown(text)

@@ -13,7 +13,7 @@ from mlx_openelm.files import file_size, parse_json, read_json, read_range
 
 PROGRAM = "mlx-openelm"
 MARK = {"writer": PROGRAM}
-"""In the metadata of every safetensors file that a conversion or an export writes."""
+"""In the metadata of the safetensors files of an export, which has no `conversion.json`."""
 
 RECORD = "conversion.json"
 FILES = (
@@ -53,7 +53,7 @@ def why_not_ours(directory: Path) -> str | None:
     """Why a directory isn't one that this program wrote, in words; None: it is, or it is empty.
 
     All its entries must be regular files with names of `FILES` (or `additional_chat_templates`
-    with templates in it), and its weights must be marked, or `conversion.json` be there.
+    with templates in it), and there must be our `conversion.json`, or the mark in the weights.
 
     Raises:
         OSError: when it can't be listed.

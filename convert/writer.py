@@ -25,12 +25,13 @@ from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from mlx_openelm.tokenizer_files import write_tokenizer_files
 
-from .atomic import check_directory, new_directory
+from .atomic import new_directory
 from .behind import behind
 from .floats import cast, choose_dtype, dtype_name
-from .outputs import MARK, RECORD
+from .outputs import RECORD
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
+from .targets import check_directory
 
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
 CHAT_FILE = "chat_template.jinja"
@@ -111,7 +112,7 @@ def convert(
     Raises:
         InputError: when the tensors aren't those of `config`, when a value isn't finite or
             doesn't fit into the dtype, when the tokenizer has too many pieces, or when `out`
-            must not be replaced (see `atomic.check_directory`).
+            must not be replaced (see `targets.check_directory`).
         OpenELMError: when `out` can't be written.
     """
     start = time.perf_counter()
@@ -142,7 +143,7 @@ def convert(
     )
     with new_directory(out, force, reads) as directory:
         hashes = _Hashes() if options.hashes else None
-        with new_shards(directory, specs, {**METADATA, **MARK}) as write:
+        with new_shards(directory, specs, METADATA) as write:
             _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
         save_config(directory, config, quantization)
         if tokenizer is not None:

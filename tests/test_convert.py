@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from threading import Thread
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +12,6 @@ import pytest
 
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.convert.atomic import new_directory, new_file
-from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
 from mlx_openelm.tokenizer import CHAT_TEMPLATE
 
@@ -273,15 +270,16 @@ def test_values_that_float16_cannot_hold_are_refused(
 
 
 def test_what_is_there_is_not_overwritten_unasked(run: Run, out: Path) -> None:
-    out.mkdir(parents=True)
-    (out / "precious.txt").write_text("mine")
+    assert run(MODULE, FIXTURES / "float32.pt", "-o", out).returncode == 0
+    made = sorted(f.name for f in out.iterdir())
+    assert made == ["config.json", "conversion.json", "model.safetensors"]
     result = run(MODULE, FIXTURES / "float32.pt", "-o", out)
     assert result.returncode == 2
     assert "exists and is not empty (--force replaces it)" in result.stderr
-    assert [f.name for f in out.iterdir()] == ["precious.txt"]
-    assert run(MODULE, FIXTURES / "float32.pt", "-o", out, "--force").returncode == 0
-    files = ["config.json", "conversion.json", "model.safetensors"]
-    assert sorted(f.name for f in out.iterdir()) == files
+    result = run(MODULE, FIXTURES / "float32.pt", "-o", out, "--force", "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    assert sorted(f.name for f in out.iterdir()) == made
+    assert read_arrays(out)[0]["transformer.norm.weight"].dtype == mx.float32
     assert [f.name for f in out.parent.iterdir()] == [out.name]
 
 
@@ -291,34 +289,3 @@ def test_an_empty_directory_and_a_file(run: Run, out: Path) -> None:
     result = run(MODULE, FIXTURES / "float32.pt", "-o", out / "config.json", "--force")
     assert result.returncode == 2
     assert "exists and is not a directory" in result.stderr
-
-
-def test_a_failure_on_the_way_leaves_nothing(out: Path) -> None:
-    def fail() -> None:
-        with new_directory(out, force=False) as directory:
-            (directory / "half").write_text("written")
-            raise InputError("on the way")
-
-    with pytest.raises(InputError, match="on the way"):
-        fail()
-    assert nothing_is_left(out)
-
-
-def test_runs_that_start_together_do_not_take_each_others_work_for_remains(tmp_path: Path) -> None:
-    out, failures = tmp_path / "model", []
-
-    def write(number: int) -> None:
-        try:
-            for _ in range(50):
-                with new_file(out, force=True) as file:
-                    file.write_text(str(number))
-        except Exception as error:
-            failures.append(error)
-
-    threads = [Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]

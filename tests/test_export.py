@@ -330,12 +330,19 @@ def test_what_is_not_finite_goes_as_it_is_but_is_not_cast(tmp_path: Path, format
 def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "demo.pt"
     out.write_text("mine")
+    (tmp_path / "demo.yaml").write_text("mine too")  # which only a published geometry has
     arguments = ("export", DEMO, "-o", out, "--format", "corenet")
     result = run(MODULE, *arguments)
     assert (result.returncode, out.read_text()) == (2, "mine")
     assert "--force replaces it" in result.stderr.splitlines()[-1]
-    assert run(MODULE, *arguments, "--force").returncode == 0
-    assert list(tmp_path.iterdir()) == [out]
+    result = run(MODULE, *arguments, "--force")
+    assert (result.returncode, out.read_text()) == (2, "mine")
+    assert "isn't a .pt that mlx-openelm wrote" in result.stderr.splitlines()[-1]
+    out.unlink()
+    for _ in range(2):
+        assert run(MODULE, *arguments, "--force").returncode == 0
+    assert (tmp_path / "demo.yaml").read_text() == "mine too"
+    assert len(list(tmp_path.iterdir())) == 2
     result = run(MODULE, "export", DEMO, "-o", tmp_path, "--format", "gguf", "--force")
     assert result.returncode == 2
     assert "is a directory; a file is to be written" in result.stderr
