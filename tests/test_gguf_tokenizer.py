@@ -21,7 +21,7 @@ from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
 from .test_tokenizer import SENTENCES, train
 
-UNIGRAM: dict[str, Any] = {"model_type": "unigram", "byte_fallback": False, "vocab_size": 120}
+UNIGRAM: dict[str, Any] = {"model_type": "unigram", "byte_fallback": False}
 NFKC: dict[str, Any] = {
     "normalization_rule_name": "nmt_nfkc",
     "remove_extra_whitespaces": True,
@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NFKC": ({"normalization_rule_name": "nmt_nfkc"}, "normalises its text"),
     "suffix": ({"treat_whitespace_as_suffix": True}, "doesn't mark a space at the front"),
     "no bytes": ({"byte_fallback": False}, "has no pieces for bytes"),
-    "unigram with bytes": ({**UNIGRAM, "byte_fallback": True, "vocab_size": 400}, "doesn't use"),
+    "unigram with bytes": ({**UNIGRAM, "byte_fallback": True}, "doesn't use"),
     "unigram, spaces kept": (UNIGRAM, "treats spaces at the ends"),
     "characters": ({"model_type": "char"}, "is neither BPE nor unigram"),
 }
@@ -180,8 +180,12 @@ def test_llama_cpp_ends_where_ours_does(
     assert 0 < len(ours) < len(text)
     assert export(directory, tmp_path / "model.gguf", "gguf", "float32") == []
     asked = {"prompt": prompt, "n_predict": 30, "temperature": 0, "cache_prompt": False}
-    answer = serve(tmp_path / "model.gguf").handle_completions(asked)
-    assert answer["choices"][0]["text"] == ours
+    [choice] = serve(tmp_path / "model.gguf").handle_completions(asked)["choices"]
+    assert choice["finish_reason"] == "stop"
+    # llama.cpp shows the end token's text, where it has one
+    end = demo[1].encode(text, add_special_tokens=False)[len(demo[1].encode(ours)) - 1]
+    assert end in further
+    assert choice["text"] == ours + demo[1].decode([end])
 
 
 def test_more_ends_than_a_gguf_names_are_told(tmp_path: Path) -> None:
