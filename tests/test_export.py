@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import urllib.request
 import zipfile
 from dataclasses import replace
@@ -130,6 +133,65 @@ def test_hugging_faces_config_gives_the_same_heads_by_apples_formula(tmp_path: P
     assert {f.name for f in (tmp_path / "hf").iterdir()} == {
         f.name for f in DEMO.iterdir() if f.name != "conversion.json"
     }
+
+
+APPLES = """
+from transformers import PretrainedConfig
+class OpenELMConfig(PretrainedConfig):
+    model_type = "openelm"
+"""
+
+
+def test_transformers_finds_apples_code_for_it(tmp_path: Path) -> None:
+    """In a hub cache that has such a file: what Apple publishes isn't here."""
+    pytest.importorskip("transformers")
+    [note] = export(DEMO, tmp_path / "hf", "hf")
+    assert "trust_remote_code=True: it fetches Apple's code from apple/OpenELM-270M" in note
+    cached = tmp_path / "cache" / "hub" / "models--apple--OpenELM-270M"
+    for name, text in (
+        ("refs/main", "0" * 40),
+        (f"snapshots/{'0' * 40}/configuration_openelm.py", APPLES),
+    ):
+        (cached / name).parent.mkdir(parents=True)
+        (cached / name).write_text(text)
+    code = "import sys; from transformers import AutoConfig; "
+    code += "c = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); "
+    code += "print(type(c).__module__, c.num_gqa_groups)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "hf"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0].endswith("configuration_openelm")
+    assert done.stdout.split()[1] == "2"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (CONFIGS["uneven"], "no two qkv_multipliers give these heads"),
+        (replace(CONFIGS["scaled"], rms_norm_eps=1e-5), "its RMSNorm has an epsilon of 1e-06"),
+        (
+            replace(
+                CONFIGS["scaled"],
+                num_transformer_layers=2,
+                num_query_heads=(4, 4),
+                num_kv_heads=(1, 1),
+                ffn_multipliers=(0.5, 1.2815),
+                ffn_dim_divisor=2,
+            ),
+            "it rounds the two ffn_multipliers",
+        ),
+    ],
+)
+def test_what_apples_code_cannot_load(tmp_path: Path, config: OpenELMConfig, reason: str) -> None:
+    save_model(tmp_path, config, random_model(config).parameters())
+    [note] = export(tmp_path, tmp_path / "hf", "hf")
+    assert f"Apple's modelling code can't load it: {reason}" in note
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------
