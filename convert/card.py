@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.files import read_json
+from mlx_openelm.files import find_in, read_json
 
 from .outputs import RECORD
 from .verify import stored_quantization
@@ -42,8 +42,8 @@ def model_card(directory: Path, repo: str, base_model: str | None, licence: str 
         InputError: when the directory has no usable `config.json`.
     """
     config = OpenELMConfig.from_json(directory / "config.json")
-    quantization, record = stored_quantization(directory), directory / RECORD
-    made = read_json(record) if record.exists() else {}
+    quantization, record = stored_quantization(directory), find_in(directory, RECORD)
+    made = read_json(record) if record else {}
     dtype = made.get("options", {}).get("dtype")
     weights = f"weights in {dtype}" if dtype else "converted"
     if quantization is not None:

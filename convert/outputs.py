@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import file_size, parse_json, read_json, read_range
+from mlx_openelm.files import file_size, find_in, parse_json, read_json, read_range
 
 PROGRAM = "mlx-openelm"
 MARK = {"writer": PROGRAM}
@@ -41,10 +41,14 @@ def files_in(directory: Path) -> list[str]:
     """The names of the files in a directory that are named as this program names its own.
 
     Those in `additional_chat_templates/` are named with it. Nothing is opened.
+
+    Raises:
+        InputError: when that is a link out of the directory.
     """
     found = [name for name in sorted(os.listdir(directory)) if _named(name)]
-    if (directory / TEMPLATES).is_dir():
-        inside = sorted(os.listdir(directory / TEMPLATES))
+    templates = find_in(directory, TEMPLATES)
+    if templates is not None and templates.is_dir():
+        inside = sorted(os.listdir(templates))
         found += [f"{TEMPLATES}/{name}" for name in inside if fnmatchcase(name, _TEMPLATE)]
     return found
 

@@ -410,6 +410,25 @@ def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:
     assert "is a directory; a file is to be written" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("hf", "tokenizer.model"), ("hf", "tokenizer_config.json"), ("gguf", "tokenizer.model")],
+)
+def test_links_out_of_the_directory_are_not_followed(
+    tmp_path: Path, format: str, name: str
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "stranger"))
+    (directory / name).rename(tmp_path / "outside")
+    (directory / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="a link to a file outside its directory"):
+        export(directory, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+    (directory / name).unlink()
+    shutil.copy(tmp_path / "outside", directory / f"inside.{name}")
+    (directory / name).symlink_to(f"inside.{name}")
+    export(directory, tmp_path / "out", format)
+
+
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     arrays = read_arrays(DEMO)[0]
     mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)

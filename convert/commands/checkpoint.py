@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import user_path
 from mlx_openelm.hub import resolve_source
 
 from ..adapters import EMBEDDINGS, Scale, alpha_over_rank, corenet_scale, merge, split
@@ -25,7 +24,7 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     """The options that `open_checkpoint` looks at."""
     p.add_argument(
         "--config",
-        type=path_option,
+        type=path,
         metavar="FILE",
         help="CoreNet's training YAML or a config.json, where the checkpoint has none "
         "(default: inferred from the tensors' shapes)",
@@ -43,14 +42,6 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
         help="of a LoRA or DoRA adapter (default: from its config, or the training YAML)",
     )
     p.add_argument("--revision", help="branch, tag or commit on the Hugging Face hub")
-
-
-def path_option(text: str) -> Path:
-    """`files.user_path` as the type of an option."""
-    try:
-        return user_path(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def open_checkpoint(

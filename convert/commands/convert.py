@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
@@ -19,7 +19,7 @@ from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
 from ..writer import Conversion, Options, convert
-from .checkpoint import add_source_options, open_checkpoint, path_option, tell_notes
+from .checkpoint import add_source_options, open_checkpoint, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
 
@@ -34,9 +34,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a CoreNet .pt, a directory of Hugging Face or MLX, or a Hugging Face id",
     )
-    p.add_argument(
-        "--out", "-o", type=path_option, required=True, metavar="DIR", help="directory to make"
-    )
+    p.add_argument("--out", "-o", type=path, required=True, metavar="DIR", help="directory to make")
     p.add_argument(
         "--tokenizer",
         metavar="PATH_OR_REPO",
@@ -61,7 +59,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recipe",
-        type=path_option,
+        type=path,
         metavar="FILE",
         help='JSON: module pattern to {"bits", "group_size", "mode"} or "keep"; the first that '
         "fits decides, before -q",

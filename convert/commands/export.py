@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from mlx_openelm.command import path
 from mlx_openelm.hub import resolve
 
 from ..checkpoint import open_directory
 from ..export import FORMATS, write
-from .checkpoint import path_option, tell_notes
+from .checkpoint import tell_notes
 from .progress import progress, size, watched
 
 DESCRIPTION = "Write a model directory in another format: " + "; ".join(
@@ -21,9 +22,7 @@ DESCRIPTION += "."
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
     p.add_argument("directory", metavar="DIR", help="a model directory")
-    p.add_argument(
-        "--out", "-o", type=path_option, required=True, metavar="OUT", help="what to make"
-    )
+    p.add_argument("--out", "-o", type=path, required=True, metavar="OUT", help="what to make")
     p.add_argument("--format", required=True, choices=list(FORMATS))
     dtypes = dict.fromkeys(dtype for format in FORMATS.values() for dtype in format.dtypes)
     p.add_argument("--dtype", choices=list(dtypes), help="default: as stored")

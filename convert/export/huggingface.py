@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.files import find_in, read_bytes
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
 
@@ -45,8 +45,9 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
         for name in _TOKENIZER:
-            if (model.source.path / name).is_file():
-                shutil.copyfile(model.source.path / name, directory / name)
+            file = find_in(model.source.path, name)
+            if file is not None:
+                (directory / name).write_bytes(read_bytes(file))
     return [_note(config)]
 
 
