@@ -6,13 +6,14 @@ import argparse
 import os
 import resource
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
-from mlx_openelm.quantization import MODES
+from mlx_openelm.quantization import MODES, Scheme
 from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
 
 from ..floats import DTYPES
@@ -51,8 +52,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--dtype", choices=list(DTYPES), help="default: float16 stays, if it's safe; else bfloat16"
     )
     group.add_argument("--quantize", "-q", action="store_true", help="quantize the matrices")
-    group.add_argument("--bits", type=int, metavar="N", help="bits per weight (default: 4)")
-    group.add_argument("--group-size", type=int, metavar="N", help="weights per scale (default 64)")
+    group.add_argument("--bits", type=int, metavar="N", help=f"bits per weight ({_choices(1)})")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help=f"weights per scale ({_choices(0)})"
+    )
     group.add_argument("--mode", choices=list(MODES), default="affine", help="default: affine")
     group.add_argument(
         "--keep-embeddings", action="store_true", help="don't quantize the embeddings"
@@ -77,6 +80,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strict", action="store_true", help="refuse weights that have been quantized already"
     )
+
+
+def _choices(which: int) -> str:
+    """What each mode has: of group sizes (0) or bits (1), the default of affine first."""
+    default = astuple(Scheme())[which]
+    listed = "; ".join(
+        f"{mode}: {', '.join(map(str, values[which]))}" for mode, values in MODES.items()
+    )
+    return f"default: {default} with affine; {listed}"
 
 
 def command(args: argparse.Namespace) -> int:
@@ -160,10 +172,12 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     scheme = None
     if args.quantize:
         scheme = make_scheme(args.mode, args.bits, args.group_size)
-    elif args.bits or args.group_size or args.mode != "affine":
+    elif args.bits is not None or args.group_size is not None or args.mode != "affine":
         raise InputError("--bits, --group-size and --mode go with -q")
     recipe = read_recipe(args.recipe, scheme) if args.recipe else Recipe(scheme)
     if args.keep_embeddings:
+        if not recipe.rules and scheme is None:
+            raise InputError("--keep-embeddings goes with -q or --recipe")
         return Recipe(recipe.default, (*KEEP_EMBEDDINGS, *recipe.rules))
     return recipe
 
