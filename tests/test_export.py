@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,12 +18,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import OpenELM, OpenELMConfig, generate
+from mlx_openelm import OpenELM, OpenELMConfig, config, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.errors import InputError
+from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import BUNDLED
 from mlx_openelm.tokenizer import Tokenizer
 
@@ -105,17 +106,51 @@ def test_a_file_too_large_for_a_plain_zip(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(torch.load(tmp_path / "demo.pt", weights_only=True)) == len(demo)
 
 
-def test_a_published_geometry_has_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_openelm import config
-
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, OpenELMConfig]:
+    """A model directory of a size that counts as published."""
     tiny = {"num_transformer_layers": 2, "model_dim": 64, "head_dim": 16}
     monkeypatch.setitem(config.PUBLISHED, "OpenELM-Tiny", tiny)
     geometry = OpenELMConfig.from_name("OpenELM-Tiny", 50)
     model = OpenELM(geometry)
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", geometry, model.parameters())
-    assert export(tmp_path / "model", tmp_path / "tiny.pt", "corenet") == []
-    assert OpenELMConfig.from_corenet_yaml(tmp_path / "tiny.yaml") == geometry
+    return tmp_path / "model", geometry
+
+
+def test_a_published_geometry_has_its_yaml(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path
+) -> None:
+    directory, geometry = published
+    for force in (False, True):
+        assert export(directory, tmp_path / "tiny.pt", "corenet", force=force) == []
+        assert OpenELMConfig.from_corenet_yaml(tmp_path / "tiny.yaml") == geometry
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_persons_yaml_stays_and_then_there_is_no_pt_either(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path, force: bool
+) -> None:
+    yaml = tmp_path / "tiny.yaml"
+    yaml.write_text("optim:\n  lr: 0.1\n")
+    with pytest.raises(InputError, match=r"tiny\.yaml"):
+        export(published[0], tmp_path / "tiny.pt", "corenet", force=force)
+    assert yaml.read_text() == "optim:\n  lr: 0.1\n"
+    assert sorted(os.listdir(tmp_path)) == ["model", "tiny.yaml"]
+    with pytest.raises(InputError, match="would have the same name"):
+        export(published[0], tmp_path / "other.yaml", "corenet", force=force)
+
+
+def test_when_the_yaml_cannot_be_written_there_is_no_pt_either(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OpenELMError, match="No space left on device"):
+        export(published[0], tmp_path / "tiny.pt", "corenet")
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_hugging_faces_config_gives_the_same_heads_by_apples_formula(tmp_path: Path) -> None:
