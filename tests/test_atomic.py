@@ -212,32 +212,50 @@ def test_killed_at_any_change_of_a_name_old_or_new_is_there(
 
 
 STRACED = """
-import sys
+import shutil, sys
 from pathlib import Path
-from tests.test_atomic import make_directory, make_file
-{"directory": make_directory, "file": make_file}[sys.argv[1]](Path(sys.argv[2]), "new")
+from mlx_openelm.convert.atomic import new_directory, new_files
+kind, out, source = sys.argv[1], *map(Path, sys.argv[2:])
+if kind == "directory":
+    with new_directory(out, True) as made:
+        for file in source.iterdir():
+            shutil.copyfile(file, made / file.name)
+else:
+    with new_files({out: lambda file: None}, True) as [made]:
+        shutil.copyfile(source, made)
 """
+CALLS = {
+    "directory": ("rename", "renameat2", "unlink", "rmdir", "mkdir"),
+    "file": ("renameat2", "unlink"),
+}
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-@pytest.mark.parametrize("kind", ["directory", "file"])
+@pytest.mark.parametrize("kind", CALLS)
 def test_killed_at_a_real_system_call(tmp_path: Path, kind: str) -> None:
-    """The same with the kernel's own calls, those that rename."""
+    """The same with the kernel's own calls: strace kills at the first, the second, and so on."""
     out, make = tmp_path / "out", make_directory if kind == "directory" else make_file
-    calls = "rename,renameat,renameat2,link,linkat"
-    for when in itertools.count(1):
-        make(out, "old")
-        inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:signal=KILL:when={when}"]
-        command = ["strace", "-f", "-qq", "-o", os.devnull, *inject, sys.executable, "-c", STRACED]
-        done = subprocess.run([*command, kind, out], capture_output=True, text=True)
-        if "ptrace" in done.stderr or "PTRACE" in done.stderr:
-            pytest.skip("strace may not trace here")
-        assert found(out) in ("old", "new")
-        make(out, "newer")
-        assert found(out) == "newer"
-        if done.returncode == 0:
-            break
-    assert when > 1
+    make(tmp_path / "source", "new")
+    seen = []
+    for call in CALLS[kind]:
+        for when in itertools.count(1):
+            make(out, "old")
+            inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={when}"]
+            strace = ["strace", "-f", "-qq", "-o", os.devnull, *inject]
+            program = [sys.executable, "-B", "-c", STRACED, kind, out, tmp_path / "source"]
+            done = subprocess.run([*strace, *program], capture_output=True, text=True)
+            if "ptrace" in done.stderr.lower():
+                pytest.skip("strace may not trace here")
+            seen.append((call, found(out)))
+            if done.returncode == 0:
+                break
+            assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), done.stderr
+    assert ("renameat2", "old") in seen
+    assert ("unlink", "old") in seen
+    assert ("unlink", "new") in seen
+    assert {text for _, text in seen} == {"old", "new"}
+    make(out, "newer")
+    assert found(out) == "newer"
 
 
 # ---------------------------------------------------------------------------------------------
