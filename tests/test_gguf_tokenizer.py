@@ -14,7 +14,7 @@ import pytest
 
 from mlx_openelm import OpenELM, OpenELMConfig, generate
 from mlx_openelm.checkpoint import save_model
-from mlx_openelm.convert.export import export
+from mlx_openelm.convert.export import export, gguf
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
@@ -140,12 +140,25 @@ def test_what_llama_cpp_would_see_otherwise_is_refused(tmp_path: Path, name: str
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_a_tokenizer_that_its_sentencepiece_model_does_not_equal_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a directory's tokenizer.json may be."""
+    directory = model_with(tmp_path / "model", train())
+    (tmp_path / "other.model").write_bytes(train(add_dummy_prefix=False))
+    other = load_tokenizer(tmp_path / "other.model")
+    assert other.vocab_size == load_tokenizer(directory).vocab_size
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda path: other)
+    with pytest.raises(InputError, match="gives other ids than its tokenizer.model for 'Once upon"):
+        export(directory, tmp_path / "model.gguf", "gguf")
+
+
 def test_a_row_without_a_token_gets_a_text_of_its_own(tmp_path: Path) -> None:
     """llama.cpp aborts when two tokens have the same text."""
     directory = model_with(tmp_path / "model", train(control_symbols=["[UNUSED1]"]))
     export(directory, tmp_path / "model.gguf", "gguf")
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    reader = pytest.importorskip("gguf").GGUFReader
+    fields = reader(tmp_path / "model.gguf").fields
     texts = fields["tokenizer.ggml.tokens"].contents()
     assert len(set(texts)) == len(texts)
     assert texts[-3:] == ["[UNUSED0]", "[[UNUSED1]]", "[UNUSED2]"]

@@ -18,7 +18,6 @@ from mlx_openelm.quantization import Quantization, Scheme
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
 from mlx_openelm.tokenizer import load_tokenizer
-from mlx_openelm.tokenizer_files import SentencePieceModel, parse_sentencepiece
 
 from ..atomic import new_files
 from ..checkpoint import Checkpoint
@@ -77,9 +76,9 @@ def write_gguf(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> 
     check_expressible(model)
     chosen = dtype or _stored_type(model)
     parts = _parts(model, chosen)
-    sentencepiece = _sentencepiece(model)
+    data = _sentencepiece(model)
     tokenizer = load_tokenizer(model.source.path)
-    check_tokenizer(sentencepiece, tokenizer, str(model.source.path))
+    sentencepiece = check_tokenizer(data, tokenizer, str(model.source.path))
     with new_files({out: WHY_NOT}, force, [model.source.path]) as [path]:
         writer = GGUFWriter(path, "openelm")
         _add_geometry(writer, model.config, chosen)
@@ -113,14 +112,15 @@ def check_expressible(model: Checkpoint) -> None:
             raise InputError(f"{model.source.path}: {what}, which llama.cpp's OpenELM can't do")
 
 
-def _sentencepiece(model: Checkpoint) -> SentencePieceModel:
+def _sentencepiece(model: Checkpoint) -> bytes:
+    """The SentencePiece model file in a directory."""
     file = find_in(model.source.path, "tokenizer.model")
     if file is None:
         raise InputError(
             f"{model.source.path}: no tokenizer.model in it, which a GGUF has to contain; convert "
             "the model again with --tokenizer"
         )
-    return parse_sentencepiece(read_bytes(file))
+    return read_bytes(file)
 
 
 def _stored_type(model: Checkpoint) -> str:

@@ -6,11 +6,13 @@ front of every part of a text between special tokens. Source: `src/llama-vocab.c
 
 from __future__ import annotations
 
+import re
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from mlx_openelm.errors import InputError
 from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_files import Piece, SentencePieceModel
+from mlx_openelm.tokenizer_files import Piece, SentencePieceModel, parse_sentencepiece
 from mlx_openelm.vocabulary import SPACE
 
 if TYPE_CHECKING:
@@ -24,6 +26,18 @@ _UNIGRAM, _BPE = 1, 2
 
 _KINDS = {_BPE: "llama", _UNIGRAM: "t5"}
 _LOWEST_SCORE = -1000.0
+
+# Texts of which tokenizers that differ make different ids
+TRIED = (
+    "",
+    "Once upon a time",
+    " leading",
+    "two  spaces ",
+    "a\nb\tc",
+    "1234",
+    "naïve café 日本 😀",
+)
+AROUND_A_TOKEN = ("{0}", "a{0}b", "a {0} b", "{0}{0}")
 _BYTES = 256
 
 
@@ -58,16 +72,48 @@ def add_tokenizer(
     return notes + _add_ends(writer, tokenizer, rows)
 
 
-def check_tokenizer(model: SentencePieceModel, tokenizer: Tokenizer, where: str) -> None:
+def check_tokenizer(data: bytes, tokenizer: Tokenizer, where: str) -> SentencePieceModel:
     """Refuse a tokenizer of which llama.cpp would make other tokens.
+
+    Args:
+        data: of the SentencePiece model file.
+        tokenizer: the directory's, which may have other files too.
+        where: the directory.
+
+    Returns:
+        The SentencePiece model.
 
     Raises:
         InputError: starting with `where`, saying why.
     """
+    model = parse_sentencepiece(data)
     added = tokenizer.vocab_size - len(model.pieces)
     reason = f"has {added} added tokens" if added else _why_not(model)
+    if reason is None:
+        different = _first_difference(data, model, tokenizer)
+        reason = different and f"gives other ids than its tokenizer.model for {different!r}"
     if reason is not None:
         raise InputError(f"{where}: its tokenizer {reason}; llama.cpp would see other tokens")
+    return model
+
+
+def _first_difference(data: bytes, model: SentencePieceModel, tokenizer: Tokenizer) -> str | None:
+    """The first text of which llama.cpp would make other ids than the tokenizer; None: none."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(data)
+    special = {p.text: i for i, p in enumerate(model.pieces) if p.kind in (_UNKNOWN, _CONTROL)}
+    longest_first = sorted(special, key=len, reverse=True)
+    spelled = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode(text: str) -> list[int]:
+        parts = spelled.split(text)
+        ids = [[special[p]] if p in special else processor.encode(p) for p in parts if p]
+        return [tokenizer.bos_token_id, *chain.from_iterable(ids)]
+
+    texts = chain(TRIED, (form.format(token) for token in special for form in AROUND_A_TOKEN))
+    return next((text for text in texts if tokenizer.encode(text) != encode(text)), None)
 
 
 def _why_not(model: SentencePieceModel) -> str | None:
