@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.config import OpenELMConfig, token_ids
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
@@ -284,7 +284,9 @@ def _compare(
     for peer in said.keys() - {OURS}:
         if OURS in said and any(said[peer]):
             for row in rows[peer]:
-                row.differs = parting(said[OURS], said[peer], config.eos_token_id)
+                row.differs = parting(
+                    said[OURS], said[peer], [*token_ids(config.eos_token_id), 2][0]
+                )
 
 
 def parting(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], end: int) -> str | None:

@@ -14,10 +14,10 @@ import numpy as np
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.quantization import Quantization, Scheme
+from mlx_openelm.sentencepiece_model import Piece, parse_sentencepiece
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
 from mlx_openelm.tokenizer import load_tokenizer
-from mlx_openelm.tokenizer_files import Piece, parse_sentencepiece
 
 from ..atomic import new_file
 from ..checkpoint import Checkpoint
@@ -309,5 +309,8 @@ def _add_tokenizer(writer: GGUFWriter, model: Checkpoint, tokens: list[Piece]) -
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     tokenizer = load_tokenizer(model.source.path)
-    if tokenizer.has_chat_template:
+    if isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template.items()
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates])
+    elif tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)

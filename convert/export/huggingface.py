@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
+from mlx_openelm.tokenizer_files import carry_generation_config, carry_tokenizer
 
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint
@@ -16,7 +16,6 @@ from ..floats import cast, dtype_name
 from ..sources.lazy import DTYPES
 
 _METADATA = {"format": "pt"}
-_TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> list[str]:
@@ -33,9 +32,8 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
                     write(name, raw(cast(rows, spec.dtype, name, rows.dtype == spec.dtype)))
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
-        for name in _TOKENIZER:
-            if (model.source.path / name).is_file():
-                shutil.copyfile(model.source.path / name, directory / name)
+        carry_tokenizer(model.source.path, directory)
+        carry_generation_config(model.source.path, directory)
     if _multipliers(config) is None:
         return ["Apple's modelling code can't load it: no two qkv_multipliers give these heads"]
     return []
