@@ -33,6 +33,7 @@ STEPS = {
     "decoder": ("decoders", DECODERS),
 }
 MAX_STEPS = 32
+MAX_ID = 1 << 24
 MAX_GROWTH = 64
 """How many times longer the normalizer's replacements may make a text."""
 # Any other may take exponential time. These are what transformers writes for SentencePiece's
@@ -189,8 +190,7 @@ def _model(model: object) -> dict[str, Any]:
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not vocab:
         raise InputError("model.vocab must be an object with ids")
-    ids = set(vocab.values())
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(ids) < len(vocab):
+    if not all(map(_is_id, vocab.values())) or len(set(vocab.values())) < len(vocab):
         raise InputError("the ids in model.vocab must be different non-negative integers")
     if unknown is not None and unknown not in vocab:
         raise InputError(f"model.unk_token {shown(unknown)} is not in the vocabulary")
@@ -220,6 +220,10 @@ def _unigram(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "unk_token": text}
 
 
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_ID
+
+
 def _is_merge(merge: object) -> bool:
     parts = merge.split(" ") if isinstance(merge, str) else merge
     return (
@@ -246,7 +250,7 @@ def _added(value: object) -> dict[str, Any]:
     token = read_token(value, "added_tokens")
     assert isinstance(value, Mapping)
     token_id = value.get("id")
-    if type(token_id) is not int or not 0 <= token_id < 2**31:
+    if not _is_id(token_id):
         raise InputError(f"the added token {shown(token.content)} has no id that can be used")
     return {"id": token_id, **token._asdict()}
 
@@ -318,11 +322,11 @@ def _sequence(part: str, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _drops_space(decoder: Mapping[str, Any]) -> bool:
+    start = decoder.get("start", 0)
     if decoder["type"] == "Strip":
-        start = decoder.get("start", 0)
         return isinstance(start, int) and start > 0
-    scheme = decoder.get("prepend_scheme", "always")
-    return decoder["type"] == "Metaspace" and scheme != "never"
+    never: bool = decoder.get("prepend_scheme") == "never"
+    return decoder["type"] == "Metaspace" and not never
 
 
 def _post_processor(processor: object) -> tuple[list[int], list[int]]:
@@ -366,7 +370,7 @@ def _template(processor: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids = entry.get("ids") if isinstance(entry, Mapping) else None
         if not isinstance(ids, list) or side > 1 or len(sides[side]) + len(ids) > 64:
             raise InputError("post_processor.single is malformed")
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        if not all(map(_is_id, ids)):
             raise InputError("post_processor has an id that can't be used")
         sides[side].extend(ids)
     if side != 1:
