@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .files import find_in, read_json, read_text, shown
+from .template_limits import (
+    FAILED,
+    check_arguments,
+    check_operands,
+    check_result,
+    check_size,
+    limited,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -32,8 +39,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-MAX_TEXT = 16 << 20
-"""Characters of a rendered conversation, and of any text that an operator makes on the way."""
 MAX_SECONDS = 10.0
 MAX_TEMPLATE = 1 << 20
 """Bytes of a template file."""
@@ -122,7 +127,7 @@ def choose_template(
     template = wanted if wanted is not None else templates
     if template is None:
         raise InputError(
-            "the model has no chat template; for an OpenELM Instruct model set "
+            "no chat template; for an OpenELM Instruct model set "
             "tokenizer.chat_template = mlx_openelm.tokenizer.CHAT_TEMPLATE"
         )
     return template
@@ -140,9 +145,10 @@ def render_chat(
 ) -> str:
     """A conversation as text. `variables` are what else the template sees.
 
-    Templates are strangers' programs. They run in jinja2's sandbox. `range`, the text, its
-    operators' results and the time in loops and macros are bounded (`MAX_TEXT`, `MAX_SECONDS`);
-    the memory and time of a single filter or method (`'x'.ljust(10**9)`) are not.
+    Templates are strangers' programs. They run in jinja2's sandbox. `range`, every text and list
+    that they make, and the time in loops and macros are bounded (`template_limits.MAX_TEXT`,
+    `MAX_SECONDS`). Not bounded is the time of a single filter or method, and the memory of one
+    that makes much of little by other means than padding, repetition and replacement.
 
     Raises:
         InputError: when a message can't be used, or the template fails or exceeds a limit.
@@ -279,7 +285,7 @@ def _render_jinja(template: str, **values: Any) -> str:
         for part in _compiled(template).generate(**values):
             parts.append(part)
             size += len(part)
-            _check_size(size)
+            check_size(size)
             _check_time()
         return "".join(parts)
     except InputError:
@@ -295,21 +301,16 @@ def _render_jinja(template: str, **values: Any) -> str:
     finally:
         _deadline.reset(token)
     lines = reason.splitlines() or [""]
-    raise InputError(f"the model's chat template can't be used: {lines[0][:300]}")
+    raise InputError(f"{FAILED}: {lines[0][:300]}")
+
+
+def _join(parts: Iterable[str]) -> str:
+    return check_result("".join(parts))
 
 
 def _check_time() -> None:
     if time.monotonic() > _deadline.get():
-        raise InputError(
-            f"the model's chat template can't be used: it took more than {MAX_SECONDS:g} s"
-        )
-
-
-def _check_size(size: float) -> None:
-    if size > MAX_TEXT:
-        raise InputError(
-            f"the model's chat template can't be used: it makes more than {MAX_TEXT} characters"
-        )
+        raise InputError(f"{FAILED}: it took more than {MAX_SECONDS:g} s")
 
 
 @functools.lru_cache(maxsize=16)
@@ -319,6 +320,7 @@ def _compiled(template: str) -> Template:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
 
     class Generation(Extension):
         """`{% generation %}`, which marks what the assistant said, for training."""
@@ -334,16 +336,38 @@ def _compiled(template: str) -> Template:
         def _said(self, context: Any, caller: Any) -> Any:
             return caller()
 
+    class Joins(NodeTransformer):
+        """Make `a ~ b` a call, which is checked."""
+
+        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+            parts = [self.visit(part) for part in node.nodes]
+            join = nodes.EnvironmentAttribute("join_texts")
+            return nodes.Call(join, parts, [], None, None).set_lineno(node.lineno)
+
     class Environment(ImmutableSandboxedEnvironment):
-        """With limits for operators, loops and macros."""
+        """With limits for what operators, calls and filters make, and for the time in loops."""
 
         intercepted_binops = frozenset({"+", "*", "**", "%"})
+        concat = staticmethod(_join)
+        check_time = staticmethod(_check_time)
+
+        @staticmethod
+        def join_texts(*parts: Any) -> str:
+            return _join(map(str, parts))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+            check_operands(operator, left, right)
+            return check_result(super().call_binop(context, operator, left, right))
+
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+            name = getattr(__obj, "__name__", "")
+            owner = getattr(__obj, "__self__", None)
+            if isinstance(owner, str):
+                check_arguments(name, owner, args, kwargs)
+            return check_result(super().call(__context, __obj, *args, **kwargs))
 
         def _generate(self, source: nodes.Template, *args: Any, **more: Any) -> str:
+            source = Joins().visit(source)
             check = nodes.EnvironmentAttribute("check_time")
             for node in list(source.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
                 call = nodes.Call(check, [], [], None, None)
@@ -374,32 +398,9 @@ def _compiled(template: str) -> Template:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.check_time = _check_time  # type: ignore[attr-defined]
     environment.filters["tojson"] = tojson
+    environment.filters = {name: limited(name, f) for name, f in environment.filters.items()}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     del environment.globals["lipsum"]
     return environment.from_string(template)
-
-
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Refuse operators whose result would be larger than a text may be."""
-    if operator == "*":
-        for many, times in ((left, right), (right, left)):
-            if isinstance(many, (str, list, tuple)) and isinstance(times, int):
-                _check_size(len(many) * times)
-        if isinstance(left, int) and isinstance(right, int):
-            _check_size(left.bit_length() + right.bit_length())
-    elif operator == "**":
-        if isinstance(left, int) and isinstance(right, int):
-            _check_size(left.bit_length() * right)
-    elif operator == "+":
-        if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
-            _check_size(len(left) + len(right))
-    elif isinstance(left, str) and _has_width(left):
-        raise InputError("the model's chat template can't be used: % with a width in its format")
-
-
-def _has_width(format: str) -> bool:
-    """Whether a %-format pads its text to more than 999 characters."""
-    return "*" in format or re.search(r"\d{4}", format) is not None
