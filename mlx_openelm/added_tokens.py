@@ -33,11 +33,11 @@ class AddedToken(NamedTuple):
     """
 
     content: str
-    special: bool = False
-    normalized: bool = True
+    single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    single_word: bool = False
+    normalized: bool = True
+    special: bool = False
 
 
 def special(content: str) -> AddedToken:
@@ -108,7 +108,9 @@ def declared(
             if not _is_content(text):
                 raise InputError(f"{where}: {shown(text)} can't be an added token")
             is_special = text in known
-            by_id[_token_id(token_id, where)] = AddedToken(text, is_special, not is_special)
+            by_id[_token_id(token_id, where)] = AddedToken(
+                text, special=is_special, normalized=not is_special
+            )
     if len(by_id) > MAX_TOKENS:
         raise InputError(f"{where}: has {len(by_id)} added tokens; {MAX_TOKENS} are the limit")
 

@@ -15,8 +15,6 @@ from mlx_openelm.hub import DEMO
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 from mlx_openelm.tokenizer_files import carry_tokenizer, write_tokenizer_files
 
-from .conftest import Run
-
 pytest.importorskip("jinja2")
 
 # In the manner of the families that they are named after
@@ -307,12 +305,6 @@ def test_no_template(tmp_path: Path) -> None:
     assert text.startswith("<s><|user|>\n Grüße") and text.endswith("</s>\n<|assistant|>\n")
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == "Be  brief."
-
-
-def test_chat_without_a_template_says_so(run: Run) -> None:
-    result = run("mlx_openelm.generate", "--chat", "--prompt", "Hi", "-m", "1")
-    assert result.returncode == 0
-    assert "no chat template: that of OpenELM's Instruct models is used" in result.stderr
 
 
 @pytest.mark.parametrize(
