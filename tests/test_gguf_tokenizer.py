@@ -153,6 +153,26 @@ def test_a_tokenizer_that_its_sentencepiece_model_does_not_equal_is_refused(
         export(directory, tmp_path / "model.gguf", "gguf")
 
 
+def test_llama_cpp_sees_added_tokens(tmp_path: Path) -> None:
+    directory = model_with(tmp_path / "model", train())
+    pieces = load_tokenizer(directory).vocab_size
+    listed = {
+        str(pieces + i): {"content": text, "special": special, "normalized": False}
+        for i, (text, special) in enumerate([("<|im_start|>", True), ("[tool]", False)])
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.vocab_size == pieces + 2
+    export(directory, tmp_path / "model.gguf", "gguf")
+    server = serve(tmp_path / "model.gguf")
+    for text in (*TEXTS, *random_texts(30), "<|im_start|>a", "a<|im_start|> b", "x[tool]y [tool]"):
+        assert tokens(server, text) == tokenizer.encode(text), repr(text)
+    listed[str(pieces)]["lstrip"] = True
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    with pytest.raises(InputError, match="gives other ids than its tokenizer.model for 'a <.im"):
+        export(directory, tmp_path / "other.gguf", "gguf")
+
+
 def test_a_row_without_a_token_gets_a_text_of_its_own(tmp_path: Path) -> None:
     """llama.cpp aborts when two tokens have the same text."""
     directory = model_with(tmp_path / "model", train(control_symbols=["[UNUSED1]"]))

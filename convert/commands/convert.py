@@ -14,7 +14,6 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
 from mlx_openelm.quantization import MODES, Scheme
-from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
 
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
@@ -101,7 +100,7 @@ def command(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         recipe=recipe,
         trim_vocab=args.trim_vocab,
-        chat=args.chat or _chats(args.source, checkpoint.source),
+        chat=args.chat or "instruct" in args.source.lower(),
         allow_nonfinite=args.allow_nonfinite,
     )
     with progress(size(checkpoint.tensors)) as report:
@@ -111,6 +110,7 @@ def command(args: argparse.Namespace) -> int:
             args.out,
             options,
             tokenizer=tokenizer,
+            generation_config=checkpoint.source.path,
             source=_source(args, checkpoint.source),
             reads=_reads(args, checkpoint.source),
             force=args.force,
@@ -183,19 +183,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _tokenizer(given: str | None, source: Source) -> Path | None:
-    if given is None:
-        return source.tokenizer
-    path = resolve_tokenizer(given)
-    return find_tokenizer(path) if path.is_dir() else path
-
-
-def _chats(name: str, source: Source) -> bool:
-    """Whether this is an Instruct model: its name says so, or it has a chat template."""
-    if "instruct" in name.lower():
-        return True
-    directory = source.path
-    return (
-        bool(source.tokenizer)
-        and directory.is_dir()
-        and load_tokenizer(directory).has_chat_template
-    )
+    """The directory or file of the tokenizer to put beside the weights."""
+    if given is not None:
+        return resolve_tokenizer(given)
+    return None if source.tokenizer is None else source.tokenizer.parent

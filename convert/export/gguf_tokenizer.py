@@ -11,9 +11,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.sentencepiece_model import SPACE, Piece, SentencePieceModel, parse_sentencepiece
 from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.tokenizer_files import Piece, SentencePieceModel, parse_sentencepiece
-from mlx_openelm.vocabulary import SPACE
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 _MODEL_TYPE, _SPACE_AS_SUFFIX = 3, 24
 _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_SPLIT_AT = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 _UNIGRAM, _BPE = 1, 2
 
 _KINDS = {_BPE: "llama", _UNIGRAM: "t5"}
@@ -65,9 +65,13 @@ def add_tokenizer(
         writer.add_precompiled_charsmap(normalizer[_CHARSMAP])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_unk_token_id(next(i for i, p in enumerate(tokens) if p.kind == _UNKNOWN))
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    if tokenizer.has_chat_template:
+    around = tokenizer.encode("")
+    writer.add_add_bos_token(tokenizer.bos_token_id in around)
+    writer.add_add_eos_token(tokenizer.eos_token_id in around)
+    if isinstance(tokenizer.chat_template, dict):
+        templates = tokenizer.chat_template.items()
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates])
+    elif tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     return notes + _add_ends(writer, tokenizer, rows)
 
@@ -86,9 +90,11 @@ def check_tokenizer(data: bytes, tokenizer: Tokenizer, where: str) -> SentencePi
     Raises:
         InputError: starting with `where`, saying why.
     """
-    model = parse_sentencepiece(data)
-    added = tokenizer.vocab_size - len(model.pieces)
-    reason = f"has {added} added tokens" if added else _why_not(model)
+    model = parse_sentencepiece(data, where)
+    reason = _why_not(model)
+    model = _with_added(model, tokenizer)
+    if reason is None and _overlap({p.text for p in model.pieces if p.kind in _SPLIT_AT}, set()):
+        reason = "has added tokens that overlap"
     if reason is None:
         different = _first_difference(data, model, tokenizer)
         reason = different and f"gives other ids than its tokenizer.model for {different!r}"
@@ -97,23 +103,44 @@ def check_tokenizer(data: bytes, tokenizer: Tokenizer, where: str) -> SentencePi
     return model
 
 
+def _with_added(model: SentencePieceModel, tokenizer: Tokenizer) -> SentencePieceModel:
+    """The model with the tokens that the directory adds, and pieces that it makes special."""
+    pieces = list(model.pieces)
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.convert_ids_to_tokens(token)
+        special = tokenizer.convert_ids_to_tokens([token], skip_special_tokens=True) == []
+        if token >= len(pieces):
+            kind = _CONTROL if special else _USER_DEFINED
+            pieces.append(
+                Piece(text, 0.0, kind) if text else _unused(token, {piece.text for piece in pieces})
+            )
+        elif special and pieces[token].kind == _NORMAL:
+            pieces[token] = pieces[token]._replace(kind=_CONTROL)
+    return model._replace(pieces=pieces)
+
+
 def _first_difference(data: bytes, model: SentencePieceModel, tokenizer: Tokenizer) -> str | None:
     """The first text of which llama.cpp would make other ids than the tokenizer; None: none."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(data)
-    special = {p.text: i for i, p in enumerate(model.pieces) if p.kind in (_UNKNOWN, _CONTROL)}
+    own = processor.get_piece_size()
+    special = {
+        p.text: i
+        for i, p in enumerate(model.pieces)
+        if p.kind in _SPLIT_AT and (i >= own or p.kind != _USER_DEFINED)
+    }
     longest_first = sorted(special, key=len, reverse=True)
     spelled = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(text: str) -> list[int]:
         parts = spelled.split(text)
         ids = [[special[p]] if p in special else processor.encode(p) for p in parts if p]
-        return [tokenizer.bos_token_id, *chain.from_iterable(ids)]
+        return list(chain.from_iterable(ids))
 
     texts = chain(TRIED, (form.format(token) for token in special for form in AROUND_A_TOKEN))
-    return next((text for text in texts if tokenizer.encode(text) != encode(text)), None)
+    return next((text for text in texts if tokenizer.encode(text, False) != encode(text)), None)
 
 
 def _why_not(model: SentencePieceModel) -> str | None:
@@ -172,16 +199,19 @@ def _may_be_joined(text: str, normal: set[str]) -> bool:
 
 def _fill(pieces: list[Piece], rows: int) -> tuple[list[Piece], list[str]]:
     """A token for every row: unused ones, that no text has, for those without a piece."""
+    tokens, missing = list(pieces), rows - len(pieces)
     taken = {piece.text for piece in pieces}
-    tokens = list(pieces)
-    for i in range(rows - len(pieces)):
-        text = f"[UNUSED{i}]"
-        while text in taken or _may_be_joined(text, taken):
-            text = f"[{text}]"
-        taken.add(text)
-        tokens.append(Piece(text, _LOWEST_SCORE, _UNUSED))
-    missing = rows - len(pieces)
+    for i in range(missing):
+        tokens.append(_unused(i, taken))
+        taken.add(tokens[-1].text)
     return tokens, [f"{missing} embedding rows have no token: marked as unused"] if missing else []
+
+
+def _unused(number: int, taken: set[str]) -> Piece:
+    text = f"[UNUSED{number}]"
+    while text in taken or _may_be_joined(text, taken):
+        text = f"[{text}]"
+    return Piece(text, _LOWEST_SCORE, _UNUSED)
 
 
 def _add_ends(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[str]:

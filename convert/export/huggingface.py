@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.files import find_in, read_bytes
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
+from mlx_openelm.tokenizer_files import carry_generation_config, carry_tokenizer
 
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint
@@ -27,7 +27,6 @@ AUTO_MAP = {
 RMS_NORM_EPS = 1e-6  # in Apple's code, whatever the config says
 
 _METADATA = {"format": "pt", **MARK}
-_TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> list[str]:
@@ -44,10 +43,8 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
                     write(name, raw(cast(rows, spec.dtype, name, rows.dtype == spec.dtype)))
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
-        for name in _TOKENIZER:
-            file = find_in(model.source.path, name)
-            if file is not None:
-                (directory / name).write_bytes(read_bytes(file))
+        carry_tokenizer(model.source.path, directory)
+        carry_generation_config(model.source.path, directory)
     return [_note(config)]
 
 
