@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import mlx.core as mx
 
@@ -62,9 +62,15 @@ def load(
     directory = resolve(path_or_hf_repo, revision)
     source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
-    reading = beside(lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source)))
-    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
-    loaded = reading()
+    reading = _Thread(
+        lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source, model=directory))
+    )
+    try:
+        model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
+    finally:
+        # A thread that is still in C++ code when the interpreter ends aborts the process.
+        reading.join()
+    loaded = reading.result()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
     return model, loaded
 
@@ -79,27 +85,27 @@ def _timed(name: str, seconds: dict[str, float], work: Callable[[], _T]) -> _T:
     return result
 
 
-def beside(work: Callable[[], _T]) -> Callable[[], _T]:
-    """Begin `work` on a thread; the function returned waits for its result, or its error."""
-    outcome: list[_T] = []
-    errors: list[BaseException] = []
+class _Thread(threading.Thread, Generic[_T]):
+    """Begin `work` on a thread; `result` is its result, or raises its error."""
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], _T]) -> None:
+        super().__init__()
+        self._work = work
+        self._outcome: list[_T] = []
+        self._errors: list[BaseException] = []
+        self.start()
+
+    def run(self) -> None:
         try:
-            outcome.append(work())
+            self._outcome.append(self._work())
         except BaseException as error:
-            errors.append(error)
+            self._errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def wait() -> _T:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return outcome[0]
-
-    return wait
+    def result(self) -> _T:
+        self.join()
+        if self._errors:
+            raise self._errors[0]
+        return self._outcome[0]
 
 
 def load_draft(

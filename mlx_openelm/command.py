@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from .errors import OpenELMError
+from .errors import InputError, OpenELMError
+from .files import user_path
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -36,6 +38,14 @@ def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse
         first_line = (str(error).splitlines() or [""])[0]
         tell(f"error: {type(error).__name__}: {first_line} (--debug shows where)")
         return 1
+
+
+def path(text: str) -> Path:
+    """The type of an argument that names a file or directory: see `files.user_path`."""
+    try:
+        return user_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_debug(parser: argparse._ActionsContainer) -> None:

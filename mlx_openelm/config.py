@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import brief, read_json, read_yaml, user_path
+from .files import brief, read_json, read_yaml, shown, user_path
 
 ACTIVATIONS = ("swish", "silu")
+
+# As a `config.json` has it: one id, several, or none (None, or negative)
+TokenIds = int | tuple[int, ...] | None
 
 # OpenELM paper (arXiv 2404.14619), table 9, and CoreNet's `general_gpt.py`.
 # What the members share is in the defaults of `OpenELMConfig.scaled`.
@@ -50,6 +53,7 @@ class OpenELMConfig:
     """Geometry and constants of one network. The names are those of Hugging Face's `config.json`.
 
     `num_query_heads`, `num_kv_heads` and `ffn_multipliers` have one entry per layer.
+    `bos_token_id` and `eos_token_id` are None where the tokenizer decides.
 
     Raises:
         InputError: when the values contradict each other; the message names the field.
@@ -71,8 +75,8 @@ class OpenELMConfig:
     rope_freq_constant: float = 10000.0
     rope_max_length: int = 4096
     max_context_length: int = 2048
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
 
     def __post_init__(self) -> None:
         for name, allowed in _RANGES.items():
@@ -96,6 +100,8 @@ class OpenELMConfig:
         ):
             if heads % kv_heads:
                 raise _bad("num_kv_heads", f"layer {i}: {kv_heads} does not divide {heads} heads")
+        for name in ("bos_token_id", "eos_token_id"):
+            object.__setattr__(self, name, check_token_ids(name, getattr(self, name)))
         if self.head_dim % 2:
             raise _bad("head_dim", f"must be even for rotary embeddings, not {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
@@ -253,8 +259,6 @@ _RANGES = {
     "ffn_dim_divisor": _COUNT,
     "rope_max_length": _COUNT,
     "max_context_length": _COUNT,
-    "bos_token_id": range(2**31),
-    "eos_token_id": range(2**31),
 }
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
@@ -281,6 +285,28 @@ def descend(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
     prefix = ".".join(keys) + "."
     dotted = {k.removeprefix(prefix): v for k, v in tree.items() if str(k).startswith(prefix)}
     return found | dotted
+
+
+def check_token_ids(field: str, value: object) -> TokenIds:
+    """`bos_token_id` or `eos_token_id` as a configuration has it, a list as a tuple.
+
+    Raises:
+        InputError: naming `field`, when it is anything else.
+    """
+    if value is None:
+        return None
+    several = isinstance(value, (list, tuple))
+    ids: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(type(i) is int and -(2**31) <= i < 2**31 for i in ids):
+        raise _bad(field, f"must be a token's id or a list of ids, not {shown(value)}")
+    return tuple(ids) if several else int(ids[0])
+
+
+def token_ids(value: TokenIds) -> list[int]:
+    """The ids that `bos_token_id` or `eos_token_id` stands for; negative ones stand for none."""
+    if value is None:
+        return []
+    return [i for i in (value if isinstance(value, tuple) else (value,)) if i >= 0]
 
 
 def _bad(field: str, reason: str) -> InputError:

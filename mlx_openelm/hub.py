@@ -12,8 +12,11 @@ DEMO = Path(__file__).parent / "demo"
 BUNDLED = {"demo": DEMO / "demo", "demo-draft": DEMO / "demo-draft"}
 
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-PICKLED_FILES = ("*.json", "*.bin", "tokenizer.model")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "*.jinja")
+PICKLED_FILES = ("*.json", "*.bin", "tokenizer.model", "*.jinja")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "*.jinja"),
+)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:

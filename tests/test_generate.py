@@ -12,7 +12,7 @@ import pytest
 
 from mlx_openelm import OpenELM, generate
 from mlx_openelm.hub import BUNDLED
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 from .conftest import Run
 
@@ -94,8 +94,10 @@ def test_chat_puts_the_prompt_into_the_instruct_format(
     run: Run, demo: tuple[OpenELM, Tokenizer]
 ) -> None:
     model, tokenizer = demo
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}])
+    messages = [{"role": "user", "content": "Who are you?"}]
+    ids = tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE)
     result = run(MODULE, "-p", "Who are you?", "--chat", "-m", "12", "-q")
+    assert "no chat template: that of OpenELM's Instruct models is used" in result.stderr
     assert result.stdout == generate(model, tokenizer, ids, max_tokens=12) + "\n"
 
 

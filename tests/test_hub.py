@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -208,6 +209,7 @@ def test_a_directory_is_uploaded_with_a_model_card(
     ("directory", "repo", "message"),
     [
         ("nowhere", "someone/new", "nowhere: no such directory"),
+        ("demo", "someone/new", "demo: comes with mlx-openelm and is not uploaded"),
         (DEMO, "a name/with spaces/three", "not the name of a repository"),
     ],
 )
@@ -217,6 +219,56 @@ def test_what_cannot_be_uploaded(
     result = run("mlx_openelm.convert", "upload", directory, repo, **hub)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_only_what_belongs_to_a_model_is_uploaded(
+    run: Run, hub: dict[str, str], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "made"))
+    templates = directory / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    for name in ("notes.json", "secret.jinja", "additional_chat_templates/x"):
+        (directory / name).write_bytes(b"mine alone")
+    command = ("mlx_openelm.convert", "upload", directory, "someone/new")
+    result = run(*command, **hub, HF_TOKEN="hf_may_write")
+    assert result.returncode == 0, result.stderr
+    expected = {f.name for f in DEMO.iterdir()} | {
+        "README.md",
+        "additional_chat_templates/rag.jinja",
+    }
+    assert Hub.uploaded.keys() == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "README.md",
+        "conversion.json",
+        "model-00001-of-00002.safetensors",
+        "additional_chat_templates",
+        "additional_chat_templates/x.jinja",
+    ],
+)
+def test_a_link_out_of_the_directory_is_not_uploaded(
+    run: Run, hub: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "stranger"))
+    (tmp_path / "secret" / "x.jinja").mkdir(parents=True)
+    target = tmp_path / "secret"
+    if "." in name:
+        target = tmp_path / "id_rsa"
+        target.write_text("PRIVATE KEY")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(target)
+    Hub.uploaded = {}
+    command = ("mlx_openelm.convert", "upload", directory, "someone/new")
+    result = run(*command, **hub, HF_TOKEN="hf_may_write")
+    assert result.returncode == 2, result.stdout
+    assert "a link to a file outside its directory" in result.stderr.splitlines()[-1]
+    assert Hub.uploaded == {}
 
 
 def test_uploading_without_a_network(run: Run, hub: dict[str, str]) -> None:

@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.convert.atomic import new_directory, new_file
+from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import resolve, resolve_source, resolve_tokenizer
@@ -194,6 +195,10 @@ def test_no_permission_says_so(nobody: Path) -> None:
     path.chmod(0)
     with pytest.raises(InputError, match="x.pt: can't be read .Permission denied"):
         open_source(path)
+
+
+def new_file(out: Path, force: bool) -> AbstractContextManager[list[Path]]:
+    return new_files({out: lambda file: None}, force)
 
 
 def test_a_directory_that_may_not_be_entered(nobody: Path) -> None:

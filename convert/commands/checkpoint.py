@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve_source
@@ -24,7 +24,7 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     """The options that `open_checkpoint` looks at."""
     p.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="CoreNet's training YAML or a config.json, where the checkpoint has none "
         "(default: inferred from the tensors' shapes)",

@@ -18,6 +18,7 @@ from .. import (
     make_logits_processors,
     make_sampler,
 )
+from ..chat import CHAT_TEMPLATE
 from ..checkpoint import load, load_draft
 from ..command import INTERRUPTED, add_debug, run, tell
 from ..decoding import GenerationResponse, stream_generate, summary
@@ -157,6 +158,9 @@ def command(args: argparse.Namespace) -> int:
         options["prompt_cache"] = _prompt_cache(args, model)
     loaded = time.perf_counter()
     if args.chat and prompt:
+        if tokenizer.chat_template is None:
+            tell("the model has no chat template: that of OpenELM's Instruct models is used")
+            tokenizer.chat_template = CHAT_TEMPLATE
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
 
