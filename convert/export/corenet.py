@@ -17,6 +17,7 @@ from typing import NamedTuple
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
+from mlx_openelm.tokenizer import load_tokenizer
 
 from ..atomic import new_file
 from ..checkpoint import Checkpoint
@@ -67,7 +68,16 @@ def write_corenet(model: Checkpoint, out: Path, dtype: str | None, force: bool) 
             size = math.prod(tensor.shape) * mlx_dtype.size
             _add(file, f"data/{i}", blocks, size)
         _add(file, "version", [b"3\n"])
-    return _write_yaml(model.config, out, force)
+    return [*_write_yaml(model.config, out, force), *_lost_ends(model)]
+
+
+def _lost_ends(model: Checkpoint) -> list[str]:
+    """A note when more ids end a text than the tokenizer's own: CoreNet has no place for them."""
+    if model.source.tokenizer is None:
+        return []
+    tokenizer = load_tokenizer(model.source.path)
+    ends = sorted(tokenizer.eos_token_ids - {tokenizer.eos_token_id})
+    return [f"CoreNet's files don't say that the tokens {ends} end a text, too"] if ends else []
 
 
 def _corenet_name(name: str, names: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_json, shown
+from mlx_openelm.files import find_in, read_json, shown
 from mlx_openelm.quantization import Quantization
 
 from .lazy import MAX_HEADER, LazyTensor, Source
@@ -28,7 +28,7 @@ def open_huggingface(path: Path) -> Source:
     """
     name, tensors = _find_weights(path)
     config = path / "config.json"
-    tokenizers = (path / name for name in ("tokenizer.model", "tokenizer.json"))
+    tokenizers = (find_in(path, name) for name in ("tokenizer.model", "tokenizer.json"))
     quantization = _quantization(config) if config.exists() else None
     tensors = dequantized(tensors, quantization, str(path))
     return Source(
@@ -36,7 +36,7 @@ def open_huggingface(path: Path) -> Source:
         path,
         tensors,
         OpenELMConfig.from_json(config) if config.exists() else None,
-        next((file for file in tokenizers if file.is_file()), None),
+        next(filter(None, tokenizers), None),
         quantization,
     )
 
