@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 MAX_TEMPLATE = 1 << 20
 """Bytes of a template file."""
 
