@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 MAX_TEMPLATE = 1 << 20
 """Bytes of a template file."""
 
@@ -205,15 +205,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return (
-            type(value)(_plain(item) for item in value)
-            if type(value)
-            in (
-                list,
-                tuple,
-            )
-            else [_plain(item) for item in value]
-        )
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return f"<{type(value).__name__}>"
 
 

@@ -57,15 +57,18 @@ def check_arguments(
 ) -> None:
     """Refuse a call of a filter or of a method of `text` whose result would be too large."""
     if name in _PADDING:
+        times = len(text) if name in ("expandtabs", "indent") and isinstance(text, str) else 1
         for number in (*args, *kwargs.values()):
             if isinstance(number, int):
-                check_size(number)
+                check_size(number * times)
         if isinstance(text, str) and name.startswith("format"):
             _check_format(text)
     elif name == "replace" and isinstance(text, str):
         old, new, *_ = [*args, *kwargs.values(), "", ""]
         if isinstance(old, str) and isinstance(new, str):
             check_size(len(text) + text.count(old) * len(new))
+    elif name == "translate" and isinstance(text, str) and args and isinstance(args[0], dict):
+        check_size(len(text) * max((len(str(new)) for new in args[0].values()), default=0))
     elif name == "join" and isinstance(text, str) and args and isinstance(args[0], (list, tuple)):
         check_size(len(text) * len(args[0]) + sum(len(str(part)) for part in args[0]))
 

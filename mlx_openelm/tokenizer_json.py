@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .added_tokens import MAX_TOKENS, AddedToken, read_token
@@ -190,11 +190,11 @@ def _model(model: object) -> dict[str, Any]:
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not vocab:
         raise InputError("model.vocab must be an object with ids")
-    if not all(map(_is_id, vocab.values())) or len(set(vocab.values())) < len(vocab):
+    if not _are_ids(vocab.values()) or len(set(vocab.values())) < len(vocab):
         raise InputError("the ids in model.vocab must be different non-negative integers")
     if unknown is not None and unknown not in vocab:
         raise InputError(f"model.unk_token {shown(unknown)} is not in the vocabulary")
-    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+    if not isinstance(merges, list):
         raise InputError("model.merges must be a list of pairs of pieces")
     flags = {name: model.get(name) or False for name in _FLAGS}
     for name, flag in flags.items():
@@ -220,17 +220,8 @@ def _unigram(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "unk_token": text}
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < MAX_ID
-
-
-def _is_merge(merge: object) -> bool:
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    return (
-        isinstance(parts, list)
-        and len(parts) == 2
-        and all(isinstance(part, str) and part for part in parts)
-    )
+def _are_ids(values: Collection[Any]) -> bool:
+    return set(map(type, values)) <= {int} and all(0 <= i < MAX_ID for i in values)
 
 
 def _is_scored(entry: object) -> bool:
@@ -250,7 +241,7 @@ def _added(value: object) -> dict[str, Any]:
     token = read_token(value, "added_tokens")
     assert isinstance(value, Mapping)
     token_id = value.get("id")
-    if not _is_id(token_id):
+    if not _are_ids([token_id]):
         raise InputError(f"the added token {shown(token.content)} has no id that can be used")
     return {"id": token_id, **token._asdict()}
 
@@ -370,7 +361,7 @@ def _template(processor: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids = entry.get("ids") if isinstance(entry, Mapping) else None
         if not isinstance(ids, list) or side > 1 or len(sides[side]) + len(ids) > 64:
             raise InputError("post_processor.single is malformed")
-        if not all(map(_is_id, ids)):
+        if not _are_ids(ids):
             raise InputError("post_processor has an id that can't be used")
         sides[side].extend(ids)
     if side != 1:

@@ -231,8 +231,12 @@ def _from_checked(
     for token_id, token in found.by_id.items():
         check_id(tokenizer, token.content, token_id, where)
     tokenizer.encode_special_tokens = encode_special
-    vocab = guarded(lambda: tokenizer.get_vocab(with_added_tokens=True), where)
     decoder = tokenizer.get_added_tokens_decoder()
+    pieces = checked.values["model"]["vocab"]
+    vocab: dict[str, int] = (
+        {**pieces} if isinstance(pieces, dict) else {text: i for i, (text, _) in enumerate(pieces)}
+    )
+    vocab |= {flags.content: token for token, flags in decoder.items()}
     silent = {token for token, flags in decoder.items() if flags.special}
     if checked.unk_token is not None:
         silent.add(vocab[checked.unk_token])

@@ -136,6 +136,29 @@ def test_a_sentencepiece_model_with_added_tokens(
                 assert (written / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"legacy": True},
+        {"legacy": False},
+        {"legacy": None, "add_bos_token": False, "add_eos_token": True},
+        {"add_prefix_space": False},
+        {"split_special_tokens": True},
+    ],
+)
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", None])
+def test_settings_are_those_of_transformers(
+    kind: str | None, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tokens = [{"content": "<x>", "special": True}, {"content": "<y>", "rstrip": True}]
+    write(tmp_path, "added_tokens_decoder", tokens, "PreTrainedTokenizerFast")
+    file = tmp_path / "tokenizer_config.json"
+    values = {**json.loads(file.read_text()), "tokenizer_class": kind, **settings}
+    file.write_text(json.dumps({key: value for key, value in values.items() if key != kind}))
+    texts = ["a <x> b", "  a", "<y>  a <s>", "a</s>b", "", " ", "\n a", "é <x><y>"]
+    assert_same(tmp_path, auto_tokenizer(tmp_path), texts)
+
+
 def test_added_tokens_are_matched_before_each_part_gets_its_space(tmp_path: Path) -> None:
     shutil.copy(MODEL / "tokenizer.model", tmp_path)
     plain = load_tokenizer(tmp_path)

@@ -357,6 +357,8 @@ HOSTILE = {
     "padding by a filter": "{{ 'x' | center(10 ** 12) }}",
     "indentation": "{{ [1] | tojson(indent=10 ** 12) }}",
     "replacement": "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
+    "a translation": "{{ ('x' * 1000000).translate({120: 'y' * 1000000}) }}",
+    "tabs": "{{ ('\t' * 1000000).expandtabs(1000000) }}",
     "a format's width": "{{ '{:1000000000}'.format(1) }}",
     "a format with a width": "{{ '%*d' % (1000000000, 1) }}",
     "lipsum": "{{ lipsum(n=1000000) }}",

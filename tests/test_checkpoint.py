@@ -167,7 +167,7 @@ def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
         (lambda d: truncate(d / "model.safetensors", 1000), r"model.safetensors: "),
         (lambda d: truncate(d / "model.safetensors", -1000), r"model.safetensors: "),
         (lambda d: (d / "model.safetensors").write_bytes(b"no"), r"model.safetensors: "),
-        (lambda d: truncate(d / "tokenizer.model", 1000), r"tokenizer.model: "),
+        (lambda d: truncate(d / "tokenizer.json", 1000), r"tokenizer.json: "),
         (lambda d: remove_tokenizer(d), r"name one with --tokenizer PATH_OR_REPO"),
     ],
 )

@@ -159,6 +159,16 @@ def test_another_tokenizer_keeps_what_the_model_says(given: Path, tmp_path: Path
     assert load(directory, tokenizer=given)[1].eos_token_ids == {OWN, 15}
 
 
+def test_an_export_without_a_place_for_them_says_so(tmp_path: Path) -> None:
+    directory = source(tmp_path / "a", {"eos_token_id": [OWN, 13]})
+    assert any(
+        "[13] end a text" in note for note in export(directory, tmp_path / "b.pt", "corenet")
+    )
+    directory = source(tmp_path / "c", {"eos_token_id": OWN})
+    notes = export(directory, tmp_path / "d.pt", "corenet")
+    assert not any("end a text" in note for note in notes)
+
+
 def test_ids_can_be_added_and_set() -> None:
     tokenizer = load_tokenizer(DEMO / "demo")
     tokenizer.add_eos_token("<0x0A>")

@@ -71,7 +71,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "the same id": (lambda v: v["model"]["vocab"].update(zz=5), "different non-negative"),
     "unknown is unknown": (lambda v: v["model"].update(unk_token="zzz"), "not in the vocabulary"),
     "merges of what isn't there": (lambda v: v["model"]["merges"].append("q 漢"), "漢"),
-    "malformed merges": (lambda v: v["model"]["merges"].append(["a"]), "list of pairs"),
+    "malformed merges": (lambda v: v["model"]["merges"].append(["a"]), "can be used"),
     "decoder without type": (lambda v: v["decoder"]["decoders"][0].pop("type"), "with a type"),
     "decoder of a type": (lambda v: v["decoder"]["decoders"][0].update(type={}), "with a type"),
     "a decoder": (lambda v: v.update(decoder=[1]), "with a type"),

@@ -195,6 +195,29 @@ def test_what_mlx_lm_knows_of_the_tokenizer(both: list[Tokenizer], mlx_lm_tokeni
         assert tokenizer.eos_token_ids == mlx_lm_tokenizer.eos_token_ids == {2}
 
 
+def test_mlx_lms_other_names(both: list[Tokenizer], mlx_lm_tokenizer: Any) -> None:
+    for tokenizer in both:
+        assert tokenizer.get_vocab() == mlx_lm_tokenizer.get_vocab()
+        assert len(tokenizer) == len(mlx_lm_tokenizer)
+        for name in ("unk_token", "pad_token", "unk_token_id", "pad_token_id", "has_chat_template"):
+            assert getattr(tokenizer, name) == getattr(mlx_lm_tokenizer, name), name
+        assert (tokenizer.has_thinking, tokenizer.has_tool_calling) == (False, False)
+        tokens = ["</s>", "▁the", "<0x0A>", "no such token"]
+        for asked in (*tokens, tokens):
+            expected = mlx_lm_tokenizer.convert_tokens_to_ids(asked)
+            assert tokenizer.convert_tokens_to_ids(asked) == expected
+        for ids in (5, 1, [1, 5, 300, 2]):
+            expected = mlx_lm_tokenizer.convert_ids_to_tokens(ids)
+            assert tokenizer.convert_ids_to_tokens(ids) == expected
+        assert tokenizer.convert_ids_to_tokens([1, 300, 2], skip_special_tokens=True) == [
+            tokenizer.convert_ids_to_tokens(300)
+        ]
+        ids = tokenizer.encode("the king </s> and")
+        for skip in (True, False):
+            expected = mlx_lm_tokenizer.decode(ids, skip_special_tokens=skip)
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
+
+
 def test_bos_in_front_and_spelled_control_tokens(both: list[Tokenizer]) -> None:
     for tokenizer in both:
         assert tokenizer.encode("") == [1]

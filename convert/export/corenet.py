@@ -20,6 +20,7 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.names import LAYOUTS
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
+from mlx_openelm.tokenizer import load_tokenizer
 
 from ..atomic import new_files
 from ..checkpoint import Checkpoint
@@ -84,7 +85,16 @@ def write_corenet(model: Checkpoint, out: Path, dtype: str | None, force: bool) 
             _write_zip(file, tensors, model)
         for beside in yaml:
             beside.write_text(text or "", encoding="utf-8")
-    return notes
+    return [*notes, *_lost_ends(model)]
+
+
+def _lost_ends(model: Checkpoint) -> list[str]:
+    """A note when more ids end a text than the tokenizer's own: CoreNet has no place for them."""
+    if model.source.tokenizer is None:
+        return []
+    tokenizer = load_tokenizer(model.source.path)
+    ends = sorted(tokenizer.eos_token_ids - {tokenizer.eos_token_id})
+    return [f"CoreNet's files don't say that the tokens {ends} end a text, too"] if ends else []
 
 
 def _write_zip(file: zipfile.ZipFile, tensors: dict[str, _Tensor], model: Checkpoint) -> None:
