@@ -13,6 +13,7 @@ def pretend() -> None:
     proxies: Any = types.ModuleType("_scproxy")  # which urllib imports on a Mac
     proxies._get_proxies = proxies._get_proxy_settings = dict
     sys.modules["_scproxy"] = proxies
+    sys.modules["torch"] = None  # type: ignore[assignment]  # it looks for a .dylib
     sysconfig.get_config_vars()  # read from a file that is named after the platform
     sys.platform = "darwin"
     platform.system = lambda: "Darwin"
