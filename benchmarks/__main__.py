@@ -27,7 +27,10 @@ DEFAULT = "default"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status. Only its own module is imported."""
-    given = sys.argv[1:] if argv is None else argv
+    return run(_command, argv)
+
+
+def _command(given: list[str]) -> int | None:
     chosen = next((word for word in given if word in COMMANDS), None)
     parser = argparse.ArgumentParser(prog="python -m mlx_openelm.benchmarks", description=__doc__)
     parser.add_argument("--version", action="version", version=f"mlx-openelm {__version__}")
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             p.description = module.DESCRIPTION
             module.add_arguments(p)
             add_debug(p)
-    return run(module.command, parser.parse_args(given))
+    status: int | None = module.command(parser.parse_args(given))
+    return status
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mlx_openelm.command import path
 
 from .report.findings import Row, kind_heading, measured_machine, rows
 from .report.wording import (
@@ -190,8 +191,8 @@ def _interval(before: Row, after: Row, divided_by: str, comparisons: int) -> Rat
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
-    p.add_argument("a", type=Path, metavar="A.json", help="the run before")
-    p.add_argument("b", type=Path, metavar="B.json", help="the run after")
+    p.add_argument("a", type=path, metavar="A.json", help="the run before")
+    p.add_argument("b", type=path, metavar="B.json", help="the run after")
     p.add_argument(
         "--fail-on-slower",
         action="store_true",

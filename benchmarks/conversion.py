@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.command import path
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
 
@@ -48,9 +49,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="OpenELM-270M", choices=list(PUBLISHED), help="its shape")
     p.add_argument("--trials", type=int, default=5, metavar="N", help="default: 5")
     p.add_argument(
-        "--dir", type=Path, metavar="DIR", help="where the files go (default: a temporary folder)"
+        "--dir", type=path, metavar="DIR", help="where the files go (default: a temporary folder)"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    p.add_argument("--json", type=path, metavar="FILE", help="write the numbers here too")
 
 
 def command(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mlx_openelm.command import INTERRUPTED, tell
+from mlx_openelm.command import exit_status, path, tell
 from mlx_openelm.errors import InputError, OpenELMError
 
 from . import calibration, machine, report, results
@@ -88,7 +88,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path,
         metavar="OUT",
         help="directory for results.json, report.md and report.html",
     )
@@ -142,7 +142,7 @@ def measure(
     check_memory(targets, peers, session.machine.memory_bytes)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-    interrupted = False
+    status = 0
     try:
         with progress() as begin:
             begin("calibration", 1)()
@@ -156,14 +156,14 @@ def measure(
                 if output:
                     results.write(session.results(partial=True), output / "results.json")
             session.look_again()
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as interrupt:
+        status = exit_status(interrupt)
         tell("interrupted; what was measured is kept")
-    found = session.results(partial=interrupted)
+    found = session.results(partial=status != 0)
     report.table(found, Console())
     if output:
         _write(found, output)
-    return INTERRUPTED if interrupted else 0
+    return status
 
 
 def _write(found: results.Results, output: Path) -> None:

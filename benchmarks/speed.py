@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_openelm import blas
+from mlx_openelm.command import path
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.tokenizer import load_tokenizer
 
@@ -285,7 +286,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--only", metavar="WORDS", default="", help="only rows with WORDS in 'NAME, against PEER'"
     )
     p.add_argument("--trials", type=int, metavar="N", help="of every row (default: 2 to 30)")
-    p.add_argument("-o", "--output", type=Path, metavar="OUT", help="write speed.json and .md here")
+    p.add_argument("-o", "--output", type=path, metavar="OUT", help="write speed.json and .md here")
 
 
 def command(args: argparse.Namespace) -> int:

@@ -24,10 +24,14 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+    return run(_command, argv)
+
+
+def _command(arguments: list[str]) -> int | None:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    command = import_module(f".commands.{name or 'convert'}", __package__)
-    return run(command.command, parser(name, command).parse_args(arguments[bool(name) :]))
+    module = import_module(f".commands.{name or 'convert'}", __package__)
+    status: int | None = module.command(parser(name, module).parse_args(arguments[bool(name) :]))
+    return status
 
 
 def parser(name: str | None, command: Any) -> argparse.ArgumentParser:

@@ -10,19 +10,16 @@ import time
 IMPORTING = time.perf_counter()
 """When the import of this package began, on the clock of `time.perf_counter`."""
 
+from . import start
+
+start.check_python()
+start.guard_imports()
+
 from . import allocator, blas
 
 allocator.load()  # before MLX is loaded
 blas.load()  # the same
-
-try:
-    import mlx.core as _mx  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "mlx-openelm needs MLX with a backend. On Linux the choice is yours: pip install "
-        "'mlx-openelm[cpu]', or [cuda12] or [cuda13]; on a Mac with Apple silicon: "
-        f"pip install mlx ({error})"
-    ) from error
+start.import_mlx()
 
 from . import kernels
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
 
 from ..results import read
@@ -27,8 +27,8 @@ DESCRIPTION = "One report over several machines or runs: report.html and report.
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
-    p.add_argument("results", type=Path, nargs="+", metavar="FILE", help="a results.json")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("results", type=path, nargs="+", metavar="FILE", help="a results.json")
+    p.add_argument("-o", "--output", type=path, required=True, metavar="FOLDER")
     p.add_argument("--png", action="store_true", help="the charts as PNGs too")
 
 

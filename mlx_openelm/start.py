@@ -1,0 +1,129 @@
+"""What has to be right before MLX is imported: Ctrl-C, the Python version, an MLX that loads.
+
+Importing this package loads MLX, which takes most of a command's first 0.15 s. So a command's
+`main` is too late to handle what goes wrong until then. Only the standard library is used here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from .errors import InputError
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status, as shells have it
+PYTHON, MLX = (3, 10), (0, 32)  # the oldest versions that work
+SUPPORTED = (
+    "mlx-openelm runs on Macs with Apple silicon and macOS 14 or later (with an arm64 Python "
+    "3.10 to 3.14), and on Linux (x86-64, aarch64)"
+)
+INSTALL = {
+    "Darwin": "pip install 'mlx>=0.32'",
+    "Linux": "pip install 'mlx[cpu]>=0.32' (or with an NVIDIA GPU mlx[cuda12] or mlx[cuda13])",
+}
+
+
+def is_command() -> bool:
+    """Whether this process is one of the package's commands, not a program that imports it."""
+    if sys.argv[:1] == ["-m"]:  # while `python -m` looks for the module
+        if not hasattr(sys, "orig_argv"):  # before Python 3.10
+            return True
+        module = sys.orig_argv[-len(sys.argv)]  # the module's name, perhaps after "-m"
+        return module.partition(".")[0].endswith("mlx_openelm")
+    return bool(sys.argv) and os.path.basename(sys.argv[0]).startswith("openelm-")
+
+
+def check_python() -> None:
+    """Refuse a Python that is too old; an old pip installs the package there all the same.
+
+    Raises:
+        ImportError: as `import_mlx`.
+    """
+    if sys.version_info < PYTHON:
+        version = platform.python_version()
+        _refuse(f"mlx-openelm needs Python 3.10 or later; this is Python {version}", None)
+
+
+def guard_imports() -> None:
+    """In a command: let Ctrl-C end the imports with exit status 130 and without a traceback."""
+    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While the command itself runs, Ctrl-C raises `KeyboardInterrupt` again."""
+    guarded = signal.getsignal(signal.SIGINT) is _exit
+    if guarded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if guarded:
+            signal.signal(signal.SIGINT, _exit)
+
+
+def import_mlx() -> None:
+    """Import MLX.
+
+    Raises:
+        ImportError: when it isn't there, is too old, or can't be loaded; says what to do. A
+            command ends instead, with that line and exit status 2.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        _refuse(_why_not(error), error)
+    version: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs lack it
+    if tuple(int(part) for part in version.split(".")[:2]) < MLX:
+        install = INSTALL.get(platform.system(), "")
+        _refuse(f"mlx-openelm needs MLX 0.32 or later; this is MLX {version}: {install}", None)
+
+
+def _refuse(reason: str, cause: ImportError | None) -> NoReturn:
+    if is_command():
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
+    raise ImportError(reason) from cause
+
+
+def _why_not(error: ImportError) -> str:
+    system, machine = platform.system(), platform.machine()
+    if system not in INSTALL:
+        return f"{SUPPORTED}; this is {system or 'an unknown system'}"
+    if system == "Darwin" and machine != "arm64":
+        if _is_translated():
+            return f"{SUPPORTED}; this Python is an Intel one under Rosetta: install an arm64 one"
+        return f"{SUPPORTED}; this Mac has an Intel processor"
+    if system == "Darwin" and _macos_version() < 14:
+        return f"{SUPPORTED}; this is macOS {platform.mac_ver()[0]}"
+    # The package of Python files is there without a backend, too: then libmlx is missing.
+    missing = isinstance(error, ModuleNotFoundError) or "libmlx" in str(error)
+    if missing:
+        return f"mlx-openelm needs MLX with a backend: {INSTALL[system]} ({error})"
+    return f"MLX can't be loaded ({error}); install it again: {INSTALL[system]}; {SUPPORTED}"
+
+
+def _macos_version() -> int:
+    major = platform.mac_ver()[0].partition(".")[0]
+    return int(major) if major.isdecimal() else 0
+
+
+def _is_translated() -> bool:
+    """Whether an arm64 Mac runs this process as an Intel one."""
+    asked = ("sysctl", "-n", "sysctl.proc_translated")
+    try:
+        return subprocess.run(asked, capture_output=True, timeout=5).stdout.strip() == b"1"
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
