@@ -16,7 +16,7 @@ COMMANDS = {
     "benchmarks": "measure the speed",
 }
 USAGE = """\
-    usage: python -m mlx_openelm COMMAND …
+    usage: python -m mlx_openelm COMMAND ...
 
     commands (each has its --help):
 """

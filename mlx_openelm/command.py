@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import FrameType
 
 from . import start, streams
@@ -21,33 +23,84 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     """Run a command with `argv` (default: the process's arguments) and return its exit status.
 
     An `OpenELMError` is reported in one line: status 2 for bad input, 1 for a failure. So is an
-    error that nobody foresaw; `--debug` shows its traceback. Ctrl-C, SIGTERM and SIGHUP end with
-    128 + the signal's number. A reader of standard output that has had enough is no error.
+    error that nobody foresaw; `--debug` shows its traceback. A reader of
+    standard output that has had enough is no error.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    status, message, leaving = 0, "", None
     try:
-        streams.prepare()
-        with start.interruptible(), _signals():
-            status = command(arguments) or 0
-    except SystemExit as error:  # of argparse
-        leaving = error
-    except KeyboardInterrupt as error:
-        status = exit_status(error)
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        status, message = _described(error)
-    failure = streams.finish()
-    if isinstance(failure, BrokenPipeError):
-        return 0
-    if failure is not None:
-        status, message = 1, f"standard output can't be written ({failure.strerror})"
-    elif leaving is not None:
-        raise leaving
+        status, message = _outcome(command, arguments)
+        streams.finish()  # before the message
+    except streams.OutputError as error:
+        streams.drop_output()
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 0
+        status, message = 1, f"standard output can't be written ({error})"
     if message:
         tell("error: " + streams.shortened(" ".join(message.splitlines())))
     return status
+
+
+def _outcome(command: Callable[[list[str]], int | None], arguments: list[str]) -> tuple[int, str]:
+    """Exit status and message of an error, after running the command."""
+    try:
+        streams.prepare()
+        return command(arguments) or 0, ""
+    except streams.OutputError:
+        raise
+    except SystemExit:  # of argparse
+        streams.finish()
+        raise
+    except KeyboardInterrupt as error:
+        return exit_status(error), ""
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        return _described(error)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP raise `KeyboardInterrupt`; a second one ends at once.
+
+    For what leaves something to save or to remove. Elsewhere a command just ends: an exception in
+    the middle of an import, say, can leave a lock that another thread waits for. What is ignored
+    stays so (`nohup`), and what a program has set that calls `main`.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, start.end):
+                before[number] = signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help is never wider than the terminal: argparse doesn't wrap usages that it indents."""
+
+    def format_help(self) -> str:
+        """The help, wrapped."""
+        return _wrapped(super().format_help())
+
+    def format_usage(self) -> str:
+        """The usage, wrapped."""
+        return _wrapped(super().format_usage())
+
+
+def _wrapped(text: str) -> str:
+    columns = get_terminal_size().columns
+    lines = []
+    for line in text.splitlines():
+        if len(line) > columns and "\x1b" not in line:  # of Python 3.14's colours
+            indent = " " * min(len(line) - len(line.lstrip()), columns // 4)
+            line = fill(
+                line.strip(), columns, initial_indent=indent, subsequent_indent=indent + "  "
+            )
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def exit_status(interrupt: KeyboardInterrupt) -> int:
@@ -97,21 +150,6 @@ def _described(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {first_line} (--debug shows where)"
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: what is half-written is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handled = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, _interrupt)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, start.end)
     raise KeyboardInterrupt(number)

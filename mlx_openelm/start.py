@@ -1,24 +1,22 @@
 """What has to be right before MLX is imported: Ctrl-C, the Python version, an MLX that loads.
 
 Importing this package loads MLX, which takes most of a command's first 0.15 s. So a command's
-`main` is too late to handle what goes wrong until then. Only the standard library is used here.
+`main` is too late to handle what goes wrong until then. This module imports as little as it can:
+before `guard_imports` Ctrl-C still ends in a traceback.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
-from .errors import InputError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit status, as shells have it
+BAD_INPUT = 2  # the exit status
 PYTHON, MLX = (3, 10), (0, 32)  # the oldest versions that work
 SUPPORTED = (
     "mlx-openelm runs on Macs with Apple silicon and macOS 14 or later (with an arm64 Python "
@@ -47,27 +45,14 @@ def check_python() -> None:
         ImportError: as `import_mlx`.
     """
     if sys.version_info < PYTHON:
-        version = platform.python_version()
+        version = ".".join(map(str, sys.version_info[:3]))
         _refuse(f"mlx-openelm needs Python 3.10 or later; this is Python {version}", None)
 
 
 def guard_imports() -> None:
     """In a command: let Ctrl-C end the imports with exit status 130 and without a traceback."""
     if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """While the command itself runs, Ctrl-C raises `KeyboardInterrupt` again."""
-    guarded = signal.getsignal(signal.SIGINT) is _exit
-    if guarded:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if guarded:
-            signal.signal(signal.SIGINT, _exit)
+        signal.signal(signal.SIGINT, end)
 
 
 def import_mlx() -> None:
@@ -81,20 +66,24 @@ def import_mlx() -> None:
         import mlx.core as mx
     except ImportError as error:
         _refuse(_why_not(error), error)
+    from platform import system
+
     version: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs lack it
     if tuple(int(part) for part in version.split(".")[:2]) < MLX:
-        install = INSTALL.get(platform.system(), "")
+        install = INSTALL.get(system(), "")
         _refuse(f"mlx-openelm needs MLX 0.32 or later; this is MLX {version}: {install}", None)
 
 
 def _refuse(reason: str, cause: ImportError | None) -> NoReturn:
     if is_command():
         print(f"error: {reason}", file=sys.stderr)
-        sys.exit(InputError.exit_code)
+        sys.exit(BAD_INPUT)
     raise ImportError(reason) from cause
 
 
 def _why_not(error: ImportError) -> str:
+    import platform
+
     system, machine = platform.system(), platform.machine()
     if system not in INSTALL:
         return f"{SUPPORTED}; this is {system or 'an unknown system'}"
@@ -102,8 +91,9 @@ def _why_not(error: ImportError) -> str:
         if _is_translated():
             return f"{SUPPORTED}; this Python is an Intel one under Rosetta: install an arm64 one"
         return f"{SUPPORTED}; this Mac has an Intel processor"
-    if system == "Darwin" and _macos_version() < 14:
-        return f"{SUPPORTED}; this is macOS {platform.mac_ver()[0]}"
+    macos = platform.mac_ver()[0]
+    if system == "Darwin" and int(macos.partition(".")[0] or 14) < 14:
+        return f"{SUPPORTED}; this is macOS {macos}"
     # The package of Python files is there without a backend, too: then libmlx is missing.
     missing = isinstance(error, ModuleNotFoundError) or "libmlx" in str(error)
     if missing:
@@ -111,13 +101,10 @@ def _why_not(error: ImportError) -> str:
     return f"MLX can't be loaded ({error}); install it again: {INSTALL[system]}; {SUPPORTED}"
 
 
-def _macos_version() -> int:
-    major = platform.mac_ver()[0].partition(".")[0]
-    return int(major) if major.isdecimal() else 0
-
-
 def _is_translated() -> bool:
     """Whether an arm64 Mac runs this process as an Intel one."""
+    import subprocess
+
     asked = ("sysctl", "-n", "sysctl.proc_translated")
     try:
         return subprocess.run(asked, capture_output=True, timeout=5).stdout.strip() == b"1"
@@ -125,5 +112,6 @@ def _is_translated() -> bool:
         return False
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    os._exit(INTERRUPTED)
+def end(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: end at once, with the exit status that shells give a signal."""
+    os._exit(128 + number)

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import InputError, OpenELMError
 from .files import MAX_TEXT, decode_text
@@ -15,10 +15,36 @@ from .files import MAX_TEXT, decode_text
 MAX_LINE = 1000  # characters of an error
 
 
+class OutputError(Exception):
+    """Standard output can't be written; handled by `command.run` alone."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output. What its encoding lacks is written as backslash escapes."""
+
+    def __init__(self, replaced: TextIO) -> None:
+        super().__init__(
+            os.fdopen(replaced.fileno(), "wb", closefd=False),
+            encoding=replaced.encoding,
+            errors="backslashreplace",
+            line_buffering=replaced.isatty(),
+        )
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise OutputError(error.strerror) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputError(error.strerror) from error
+
+
 def prepare() -> None:
     """Make printing safe: no character and no closed stream may end the command.
-
-    Characters that the encoding of standard output lacks are printed as backslash escapes.
 
     Raises:
         OpenELMError: when standard output is closed.
@@ -31,24 +57,26 @@ def prepare() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         raise OpenELMError("standard output is closed; send it to a file, or to /dev/null")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    original = sys.__stdout__
+    if original is not None and sys.stdout is original:
+        original.flush()
+        sys.stdout = _Output(original)
 
 
-def finish() -> OSError | None:
-    """Flush standard output; what is wrong with it, if it can't be written.
+def finish() -> None:
+    """Flush standard output.
 
-    What failed to be written is still in its buffer, so this finds earlier errors too. The rest of
-    the output is dropped then.
+    Raises:
+        OutputError: when it can't be written.
     """
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return error
-    return None
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """Forget what couldn't be written, and what follows."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def print_json(value: Any, indent: int | None = None) -> None:

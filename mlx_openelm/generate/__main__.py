@@ -20,7 +20,7 @@ from .. import (
     make_sampler,
 )
 from ..checkpoint import load, load_draft
-from ..command import add_debug, exit_status, path, run, tell, unicode
+from ..command import Parser, add_debug, exit_status, interruptible, path, run, tell, unicode
 from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
 from ..streams import print_json, read_stdin
@@ -28,7 +28,7 @@ from ..streams import print_json, read_stdin
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="openelm-generate",
         description="Continue a prompt with an OpenELM model. The text goes to standard output.",
     )
@@ -179,14 +179,15 @@ def command(args: argparse.Namespace) -> int:
     status, failure = 0, None
     first = loaded
     try:
-        for response in stream_generate(model, tokenizer, prompt, **options):
-            if last is None:
-                first = time.perf_counter()
-            last = response
-            texts.append(response.text)
-            tokens.append(response.token)
-            if not args.json:
-                print(response.text, end="", flush=True)
+        with interruptible():
+            for response in stream_generate(model, tokenizer, prompt, **options):
+                if last is None:
+                    first = time.perf_counter()
+                last = response
+                texts.append(response.text)
+                tokens.append(response.token)
+                if not args.json:
+                    print(response.text, end="", flush=True)
     except KeyboardInterrupt as interrupt:
         status = exit_status(interrupt)
     except OpenELMError as error:
