@@ -49,6 +49,7 @@ from .report.wording import (
 )
 from .results import Calibration, Results, Trial, read
 from .statistics import CONFIDENCE, RESAMPLES, Ratio
+from .tables import show as print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -247,7 +248,7 @@ def show(a: Results, b: Results, changes: Sequence[Change], console: Console) ->
             table.add_row(
                 Text(label), *(Text(c, style=styles.get(change.verdict, "")) for c in cells)
             )
-    console.print(table)
+    print_table(console, table)
     say(
         "A and B: medians as measured, tokens/s (s: seconds). The ratio is what is left of their "
         "difference when the machine's own is divided out; its interval holds at 95 % for all rows "

@@ -30,6 +30,7 @@ from .models import model_directory
 from .peers import OURS, Workload, is_installed
 from .runner import Worker
 from .statistics import Ratio, ratio
+from .tables import show
 from .workloads import PROMPTS, REPEATING, random_prompts
 
 DESCRIPTION = "This project's figures: its speed against mlx-lm, PyTorch and itself, in turns."
@@ -307,7 +308,8 @@ def command(args: argparse.Namespace) -> int:
         tell.print(name, style="dim")
         outcomes.append(row(name, args.trials or 7))
     found = machine.describe()
-    Console().print(table(outcomes, f"{found.chip}, {found.cores} cores, BLAS: {found.blas}"))
+    title = f"{found.chip}, {found.cores} cores, BLAS: {found.blas}"
+    show(Console(), table(outcomes, title))
     if args.output:
         write(outcomes, asdict(found), args.output)
     return 0

@@ -7,7 +7,7 @@ from importlib import import_module
 from textwrap import dedent
 
 from . import __version__
-from .command import run
+from .command import run, wrapped
 from .errors import InputError
 
 COMMANDS = {
@@ -32,7 +32,8 @@ def _command(arguments: list[str]) -> int | None:
     if name == "--version":
         print(f"mlx-openelm {__version__}")
     elif name in ("-h", "--help"):
-        print(dedent(USAGE) + "".join(f"  {name:<10}  {does}\n" for name, does in COMMANDS.items()))
+        listed = "".join(f"  {name:<10}  {does}\n" for name, does in COMMANDS.items())
+        print(wrapped(dedent(USAGE) + listed), end="")
     elif name in COMMANDS:
         status: int = import_module(f".{name}.__main__", __package__).main(arguments[1:])
         return status

@@ -83,14 +83,15 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, wrapped."""
-        return _wrapped(super().format_help())
+        return wrapped(super().format_help())
 
     def format_usage(self) -> str:
         """The usage, wrapped."""
-        return _wrapped(super().format_usage())
+        return wrapped(super().format_usage())
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+    """Lines that are wider than the terminal, wrapped with at least part of their indentation."""
     columns = get_terminal_size().columns
     lines = []
     for line in text.splitlines():
