@@ -29,6 +29,7 @@ from typing import Any
 from mlx_openelm.command import path
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import make_directory
 
 from .machine import describe
 from .statistics import ratio, summarize
@@ -59,6 +60,8 @@ def command(args: argparse.Namespace) -> int:
     if args.trials < 1:
         raise InputError(f"--trials must be at least 1, not {args.trials}")
     config = OpenELMConfig.from_name(args.model, VOCAB_SIZE)
+    for folder in filter(None, (args.dir, args.json and args.json.parent)):
+        make_directory(folder)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         results = measure(config, Path(folder), args.trials)
     machine = describe()

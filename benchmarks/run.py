@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mlx_openelm.command import exit_status, path, tell
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import make_directory
 
 from . import calibration, machine, report, results
 from .measuring import measure_model
@@ -133,6 +134,10 @@ def measure(
     Returns:
         The exit status: 130 after Ctrl-C, which leaves results that are marked partial.
     """
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"--time must be more than 0 seconds, not {seconds:g}")
+    if output:
+        make_directory(output)
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     command = ["python", "-m", __package__, *sys.argv[1:]]
@@ -140,8 +145,6 @@ def measure(
     session.notes += busy(os.getloadavg()[0], session.machine.cores)
     peers = installed(session, peers)
     check_memory(targets, peers, session.machine.memory_bytes)
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
     status = 0
     try:
         with progress() as begin:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import make_directory
 
 from ..results import read
 from .html import write_html
@@ -36,8 +37,8 @@ def command(args: argparse.Namespace) -> int:
     """Read all files, then write; says where."""
     results = [read(file) for file in args.results]
     folder: Path = args.output
+    make_directory(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_markdown(results, folder / "report.md")
         write_html(results, folder / "report.html")
         written = [folder / "report.html", folder / "report.md"]

@@ -11,6 +11,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_openelm.command import tell
+from mlx_openelm.streams import printable
 
 from ..sources import LazyTensor
 
@@ -75,7 +76,11 @@ def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
         BarColumn(bar_width=16),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.description}",
+            markup=False,  # a tensor's name
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
@@ -83,4 +88,4 @@ def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def _short(tensor: str) -> str:
-    return tensor.removeprefix("transformer.").removesuffix(".weight")
+    return printable(tensor.removeprefix("transformer.").removesuffix(".weight"))

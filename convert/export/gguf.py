@@ -69,7 +69,7 @@ def write_gguf(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> 
     try:
         from gguf import GGUFWriter
     except ImportError:
-        raise OpenELMError("GGUF needs a package: pip install 'mlx-openelm[gguf]'") from None
+        raise OpenELMError("GGUF needs a package: pip install gguf") from None
     check_expressible(model)
     chosen = dtype or _stored_type(model)
     parts = _parts(model, chosen)
