@@ -66,11 +66,9 @@ def import_mlx() -> None:
         import mlx.core as mx
     except ImportError as error:
         _refuse(_why_not(error), error)
-    from platform import system
-
     version: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs lack it
-    if tuple(int(part) for part in version.split(".")[:2]) < MLX:
-        install = INSTALL.get(system(), "")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < MLX:
+        install = INSTALL["Darwin" if sys.platform == "darwin" else "Linux"]
         _refuse(f"mlx-openelm needs MLX 0.32 or later; this is MLX {version}: {install}", None)
 
 
