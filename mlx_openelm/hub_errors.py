@@ -124,7 +124,7 @@ def _failed(cause: BaseException, uploading: bool) -> str | None:
         return f"the proxy doesn't answer ({_first_line(cause)}); check HTTPS_PROXY"
     if "Consistency check failed" in str(cause):
         return "a file came incomplete; run the command again"
-    if isinstance(cause, _MALFORMED):
+    if isinstance(cause, _MALFORMED) or type(cause).__name__ == "FileMetadataError":
         return (
             f"what answers isn't {HUB} ({type(cause).__name__}: {_first_line(cause)}); check "
             "HF_ENDPOINT, the proxy, and whether the network wants a login"

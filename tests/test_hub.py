@@ -200,6 +200,7 @@ INVALID = {"X-Error-Message": "Invalid credentials in Authorization header"}
 
 GATED = {"X-Error-Code": "GatedRepo"}
 DISABLED = {"X-Error-Message": "Access to this resource is disabled."}
+SHORT = {"ETag": '"abc"', "X-Repo-Commit": COMMIT, "X-Linked-Size": "999"}
 # Part of the path, status and headers and body of the answer; exit status, words of the error
 DOWNLOADS = [
     ("", 401, INVALID, b"{}", 2, "refuses your access token: it is invalid or has expired"),
@@ -215,6 +216,8 @@ DOWNLOADS = [
     ("", 200, {}, b"<html>log in</html>", 1, "what answers isn't the Hugging Face hub"),
     ("", 200, {}, b"[]", 1, "what answers isn't the Hugging Face hub"),
     ("/resolve/", 404, {"X-Error-Code": "EntryNotFound"}, b"", 2, "a file of the repository"),
+    ("/resolve/", 200, {}, b"<html>log in</html>", 1, "what answers isn't the Hugging Face hub"),
+    ("/resolve/", 200, SHORT, b"short", 1, "a file came incomplete; run the command again"),
     ("/resolve/", 403, {}, b"", 2, "doesn't permit this with your access token"),
 ]
 UPLOADS = [
