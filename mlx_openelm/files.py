@@ -237,6 +237,22 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory for output, and those above it; one that is there is kept.
+
+    Raises:
+        InputError: when it can't be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: is a file, not a directory") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: nothing can be written there")
+
+
 def shown(text: object) -> str:
     """A stranger's text (a name, say), fit for one line of an error message."""
     text = str(text)
