@@ -43,8 +43,9 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
                     write(name, raw(cast(rows, spec.dtype, name, rows.dtype == spec.dtype)))
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
-        carry_tokenizer(model.source.path, directory)
-        carry_generation_config(model.source.path, directory)
+        if model.source.path.is_dir():
+            carry_tokenizer(model.source.path, directory)
+            carry_generation_config(model.source.path, directory)
     return [_note(config)]
 
 
