@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
+
+if TYPE_CHECKING:
+    from .model import OpenELM
 
 FIRST_CAPACITY = 64  # positions; doubled whenever they are used up
 KEPT_TOKENS = 4  # of the beginning, when the context slides (attention sinks, arXiv 2309.17453)
@@ -30,21 +35,44 @@ class View(NamedTuple):
     mask: mx.array  # [B or 1, L, capacity] bool: which slots each token attends to
 
 
+@dataclass(eq=False)
+class Use:
+    """One generation's use of a cache.
+
+    Attributes:
+        text: positions of the cache that are part of the text so far. Those beyond were computed
+            ahead: for a token that nobody has been given yet, or for drafted tokens.
+        appends: whether the cache has to hold every token that was given out, because nothing else
+            knows them (a `PromptCache` does).
+    """
+
+    text: int
+    appends: bool = True
+
+
 class KVCache:
     """Keys and values of B sequences, in buffers of fixed capacity.
 
     The buffers double when they are full, so that a token costs a write in place and no copy.
     With `max_size` the context slides: a token attends to the first `KEPT_TOKENS` positions and
     to the latest `max_size - KEPT_TOKENS`, itself included, however its prompt is cut into
-    chunks; the buffers become rings. With `bits` they are quantized.
+    chunks; the buffers become rings. A `max_size` above the model's context counts as the context.
+    With `bits` the buffers are quantized: in groups of `group_size` (default: the larger of 64 and
+    32 that divides head_dim), and not before `quantized_from` positions are there.
+
+    A generation computes ahead of the text that it has given out. `use` says how far the text
+    goes, so that a generation that was interrupted at any point leaves a usable cache.
 
     Sequences of different lengths share a cache when the shorter ones are padded in front to the
     length of the longest; `lengths` says how long each is without.
 
     Attributes:
-        offset: number of positions seen so far, padding included.
+        offset: number of positions computed so far, padding included.
         buffers: one a layer; a step replaces them.
         starts: [B] int32, the position where each sequence begins; None when all begin at 0.
+        use: the generation that works on it; None when there is none.
+        made_for: the model whose keys and values it holds, or its fingerprint where the cache was
+            read from a file; None when unknown.
     """
 
     def __init__(
@@ -54,22 +82,75 @@ class KVCache:
         dtype: mx.Dtype = mx.float32,
         bits: int | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        group_size: int | None = None,
+        quantized_from: int = 0,
     ) -> None:
-        if max_size is not None and not KEPT_TOKENS < max_size <= config.max_context_length:
-            raise InputError(
-                f"max_kv_size must be more than {KEPT_TOKENS} and at most the model's context of "
-                f"{config.max_context_length} tokens, not {max_size}"
-            )
+        if max_size is not None and max_size <= KEPT_TOKENS:
+            raise InputError(f"max_kv_size must be more than {KEPT_TOKENS}, not {max_size}")
         if max_size is not None and lengths is not None:
             raise InputError("a context that slides (max_kv_size) holds sequences of one length")
         self.config = config
-        self.max_size = max_size
+        self.max_size = None if max_size is None else min(max_size, config.max_context_length)
         self.dtype = dtype
-        self.scheme = None if bits is None else _scheme(bits, config.head_dim)
+        self.scheme: Scheme | None = None
+        self._scheme_to_come: tuple[Scheme, int] | None = None
         self._paddings = [max(lengths) - n for n in lengths] if lengths else []
         self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
         self.buffers: list[Buffer] = []
+        self.use: Use | None = None
+        self.made_for: OpenELM | str | None = None
+        self._written = 0  # positions that have ever been written; trimming doesn't undo it
+        if bits is not None:
+            self.quantize(bits, group_size, quantized_from)
+
+    def __deepcopy__(self, memo: object) -> KVCache:
+        """A copy that goes on by itself. The arrays are shared: a step replaces them."""
+        twin = copy.copy(self)
+        twin.buffers, twin._paddings, twin.use = list(self.buffers), list(self._paddings), None
+        twin.offset = self.length
+        return twin
+
+    @property
+    def length(self) -> int:
+        """Positions of the text: `offset` without what a generation has computed ahead."""
+        return self.offset if self.use is None else min(self.offset, self.use.text)
+
+    def begin_use(self, *, new_text: int = 0, appends: bool = True) -> Use:
+        """Begin a generation, which may end at any point; the one before is over.
+
+        Args:
+            new_text: how many of the tokens to come are part of the text before the first token
+                has been given out.
+            appends: see `Use`.
+        """
+        self.settle()
+        self.use = Use(self.offset + new_text, appends)
+        return self.use
+
+    def still_in(self, use: Use) -> None:
+        """Check that no other generation has begun with this cache.
+
+        Raises:
+            InputError: when one has.
+        """
+        if self.use is not use:
+            raise InputError(
+                "the prompt cache was used for another text before this generation was over; "
+                "give each of them a cache of its own"
+            )
+
+    def settle(self) -> None:
+        """Forget what a generation has computed ahead of the text, and end its use.
+
+        In a context that slides, no more than `SLIDING_STEP` positions can be forgotten: a prompt
+        that was interrupted later than that stays as far as it got.
+        """
+        beyond = self.offset - self.length
+        if self.can_trim(beyond):
+            self.offset -= beyond
+        self.use = None
 
     @property
     def batch(self) -> int | None:
@@ -114,6 +195,8 @@ class KVCache:
             InputError: when the context is full, when the step is longer than `longest_step`
                 allows, or the batch size isn't the cache's.
         """
+        if self._scheme_to_come and self.offset >= self._scheme_to_come[1]:
+            self._quantize_now()
         if self.batch not in (None, batch):
             raise InputError(f"the cache holds {self.batch} sequences, the tokens are of {batch}")
         room = self.room()
@@ -128,6 +211,7 @@ class KVCache:
                 f"; at most {self.longest_step(length)} now"
             )
         wanted = self.offset + (padded or length)
+        self._written = max(self._written, self.offset + length)
         if min(wanted, self.ring or wanted) > self.capacity:
             capacity = max(FIRST_CAPACITY, self.capacity)
             while capacity < wanted:
@@ -162,18 +246,63 @@ class KVCache:
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
 
-    def state(self) -> dict[str, mx.array]:
-        """The used part of all buffers, by name, for `restore`.
+    def quantize(self, bits: int, group_size: int | None = None, start: int = 0) -> None:
+        """Keep keys and values in 4 or 8 bits from the first step on that finds `start` positions.
 
         Raises:
-            InputError: when the context slides.
+            InputError: when they are quantized otherwise already, or can't be.
         """
-        if self.ring is not None:
-            raise InputError("a context that slides (max_kv_size) can't be saved")
+        scheme = _scheme(bits, self.config.head_dim, group_size)
+        if start < 0:
+            raise InputError(f"quantized_kv_start must be at least 0, not {start}")
+        if self.scheme is not None and (
+            self.scheme.bits != bits or group_size not in (None, self.scheme.group_size)
+        ):
+            raise InputError(
+                f"the prompt cache is quantized to {self.scheme.bits} bits in groups of "
+                f"{self.scheme.group_size} already"
+            )
+        if self.scheme is None:
+            self._scheme_to_come = scheme, start
+            if start == 0:
+                self._quantize_now()
+
+    def _quantize_now(self) -> None:
+        assert self._scheme_to_come is not None
+        scheme = self._scheme_to_come[0]
+        self.buffers, self.scheme = [store(buffer[0], scheme) for buffer in self.buffers], scheme
+        self._scheme_to_come = None
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """The used part of all buffers, by name: what `mx.eval` has to evaluate, and `restore`
+        takes.
+        """
+        return self.used(self.length)
+
+    def used(self, length: int) -> dict[str, mx.array]:
+        """The first `length` positions of all buffers, by name; of a ring, all slots in use."""
+        slots = length if self.ring is None else min(self._written, self.ring)
         return {
-            f"layers.{i}.{part}": array[:, :, : self.offset]
+            f"layers.{i}.{part}": array[:, :, :slots]
             for i, buffer in enumerate(self.buffers)
             for part, array in enumerate(buffer)
+            if slots
+        }
+
+    def layout(self, length: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and dtype of each array of the `used` part of one sequence."""
+        if length == 0:
+            return {}
+        head_dim = self.config.head_dim
+        last: list[tuple[int, mx.Dtype]] = [(head_dim, self.dtype)]
+        if self.scheme is not None:
+            groups = head_dim // self.scheme.group_size
+            last = [(head_dim * self.scheme.bits // 32, mx.uint32), *[(groups, self.dtype)] * 2]
+        return {
+            f"layers.{i}.{part}": ((1, 2 * heads, length, size), dtype)
+            for i, heads in enumerate(self.config.num_kv_heads)
+            for part, (size, dtype) in enumerate(last)
         }
 
     def restore(self, arrays: Mapping[str, mx.array], offset: int) -> None:
@@ -182,16 +311,11 @@ class KVCache:
         Raises:
             InputError: when the arrays aren't those of such a cache.
         """
-        if offset == 0 and not arrays:
+        if {n: (a.shape, a.dtype) for n, a in arrays.items()} != self.layout(offset):
+            raise InputError("the saved keys and values don't fit the model")
+        if offset == 0:
             return
         self.reserve(1, offset)
-        used = {
-            f"layers.{i}.{part}": (*array.shape[:2], offset, array.shape[3])
-            for i, buffer in enumerate(self.buffers)
-            for part, array in enumerate(buffer)
-        }
-        if {name: array.shape for name, array in arrays.items()} != used:
-            raise InputError("the saved keys and values don't fit the model")
         self.buffers = [
             tuple(
                 mx.slice_update(array, arrays[f"layers.{i}.{part}"], mx.array([0]), axes=(2,))
@@ -201,22 +325,98 @@ class KVCache:
         ]
         self.offset = offset
 
-    def trim(self, count: int) -> None:
-        """Forget the last `count` positions.
+    def can_trim(self, count: int) -> bool:
+        """Whether the last `count` positions can be forgotten.
+
+        A ring has `SLIDING_STEP - 1` slots more than its window, so that as many positions can be
+        forgotten without missing those that they have overwritten.
+        """
+        if not 0 <= count <= self.offset:
+            return False
+        if self.ring is None or self._written <= self.ring:
+            return True
+        return self._written - (self.offset - count) < SLIDING_STEP
+
+    def trim(self, count: int) -> int:
+        """Forget the last `count` positions; returns how many that were.
 
         Raises:
-            InputError: when there are fewer, or when a sliding context has begun to overwrite.
+            InputError: when there are fewer, or when a sliding context has overwritten what came
+                before them.
         """
         if not 0 <= count <= self.offset:
             raise InputError(f"can't trim {count} of {self.offset} positions")
-        if self.ring is not None and self.offset > self.ring:
+        if not self.can_trim(count):
             raise InputError("a context that has slid can't be trimmed")
         self.offset -= count
+        return count
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of positions can be forgotten: not once a context has slid."""
+        return self.ring is None or self._written <= self.ring
+
+    def size(self) -> int:
+        """Positions that a token attends to at most now."""
+        return min(self.length, self.max_size or self.length)
+
+    def empty(self) -> bool:
+        """Whether it holds nothing."""
+        return self.length == 0
+
+    def sequence(self, row: int, length: int) -> KVCache:
+        """A cache of one of the sequences by itself, with its first `length` positions."""
+        first = self._paddings[row] if self._paddings else 0
+        one = KVCache(self.config, self.max_size, self.dtype)
+        one.scheme, one.made_for = self.scheme, self.made_for
+        one.buffers = [
+            tuple(array[row : row + 1, :, first : first + length] for array in buffer)
+            for buffer in self.buffers
+        ]
+        one.offset = one._written = length
+        return one
 
 
-def _scheme(bits: int, head_dim: int) -> Scheme:
+def merge(caches: Sequence[KVCache]) -> KVCache:
+    """The sequences of several caches, each of one, in a cache of all; those stay as they are.
+
+    Raises:
+        InputError: when one is empty or slides, or when they differ in their quantization.
+    """
+    first = caches[0]
+    if any(cache.max_size for cache in caches):
+        raise InputError("a context that slides (max_kv_size) can't be part of a batch")
+    if any(cache.scheme != first.scheme or cache.dtype != first.dtype for cache in caches):
+        raise InputError("the prompt caches of a batch must be quantized alike")
+    lengths = [cache.length for cache in caches]
+    if min(lengths) == 0:
+        raise InputError("an empty prompt cache can't be part of a batch")
+    merged = KVCache(first.config, None, first.dtype, lengths=lengths)
+    merged.scheme, merged.made_for, longest = first.scheme, first.made_for, max(lengths)
+
+    def padded(array: mx.array, length: int) -> mx.array:
+        return mx.pad(array[:, :, :length], [(0, 0), (0, 0), (longest - length, 0), (0, 0)])
+
+    merged.buffers = [
+        tuple(
+            mx.concatenate([padded(a, n) for a, n in zip(arrays, lengths, strict=True)])
+            for arrays in zip(*buffers, strict=True)
+        )
+        for buffers in zip(*(cache.buffers for cache in caches), strict=True)
+    ]
+    merged.offset = merged._written = longest
+    return merged
+
+
+def _scheme(bits: int, head_dim: int, group_size: int | None = None) -> Scheme:
     if bits not in KV_BITS:
         raise InputError(f"kv_bits must be {' or '.join(map(str, KV_BITS))}, not {bits}")
+    if group_size is not None:
+        if group_size not in (32, 64, 128) or head_dim % group_size:
+            raise InputError(
+                f"kv_group_size must be 32, 64 or 128 and divide the model's head_dim of "
+                f"{head_dim}, not {group_size}"
+            )
+        return Scheme(group_size, bits)
     for group in KV_GROUPS:
         if head_dim % group == 0:
             return Scheme(group, bits)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from operator import index
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from .cache import KVCache
+from .cache import KVCache, Use
 from .errors import InputError
 from .model import OpenELM
+from .options import Keywords, Options, Progress
 from .prompt_cache import PromptCache
 from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .speculative import Speculation
     from .tokenizer import Tokenizer
 
@@ -62,7 +67,7 @@ def prefill(
     prompt: mx.array,
     cache: KVCache,
     step_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
@@ -96,47 +101,76 @@ def prefill(
 def generate_step(
     prompt: mx.array,
     model: OpenELM,
+    stream: None = None,
     *,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     max_kv_size: int | None = None,
-    kv_bits: int | None = None,
-    prompt_cache: KVCache | None = None,
-    cached_tokens: Sequence[int] = (),
+    prompt_cache: KVCache | Sequence[KVCache] | None = None,
     prefill_step_size: int | None = None,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    quantized_kv_start: int = 0,
+    prompt_progress_callback: Progress | None = None,
+    input_embeddings: None = None,
     vocab_size: int | None = None,
-) -> Iterator[tuple[int, mx.array]]:
+) -> Generator[tuple[int, mx.array], None, None]:
     """Token ids that continue `prompt` [L], each with its log-probabilities [vocab_size].
 
     The next step is built while the device works on the current one, but for the first token, which
     is given out as soon as it is there.
 
     Args:
-        max_tokens: how many at most; -1: until the context is full.
-        sampler: log-probabilities [1, vocab] -> token [1]; greedy by default.
-        logits_processors: applied in order, before the sampler.
-        max_kv_size: let the context slide (see `KVCache`).
-        kv_bits: keep keys and values in 8 or 4 bits.
-        prompt_cache: what came before the prompt; updated in place.
-        cached_tokens: the tokens of that, for the processors to see.
-        prefill_step_size: tokens of the prompt that one step takes; by default what suits the
-            device.
-        prompt_progress_callback: called with (prompt tokens done, prompt tokens in all).
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
+        max_tokens: as in `Options`; 0 reads the prompt into the `prompt_cache` and no more.
+        stream, sampler, logits_processors, max_kv_size, prompt_cache, prefill_step_size, kv_bits,
+            kv_group_size, quantized_kv_start, prompt_progress_callback, input_embeddings: see
+            `Options`.
 
     Raises:
-        InputError: when the prompt is empty, or doesn't fit into the context.
+        InputError: at the call, when the prompt is empty, or an argument is out of its range; with
+            the first token, when the prompt doesn't fit into the context.
     """
-    if prompt.size == 0:
-        raise InputError("the prompt is empty")
-    if prefill_step_size is not None and prefill_step_size < 1:
-        raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
-    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
-    sampler = sampler or make_sampler()
-    processors = tuple(logits_processors or ())
+    options = Options(
+        max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=prompt_progress_callback,
+        input_embeddings=input_embeddings,
+        stream=stream,
+    )
+    ids = mx.array(token_ids(prompt, model.config.vocab_size), mx.int32)
+    return _plain_steps(ids, model, options, options.cache(model), vocab_size=vocab_size)
+
+
+def _plain_steps(
+    prompt: mx.array,
+    model: OpenELM,
+    options: Options,
+    cache: KVCache,
+    *,
+    use: Use | None = None,
+    cached_tokens: Sequence[int] = (),
+    vocab_size: int | None = None,
+) -> Generator[tuple[int, mx.array], None, None]:
+    """The tokens of `generate_step`.
+
+    Args:
+        use: of the cache; by default a new one.
+        cached_tokens: what the cache holds of the text, for the processors to see.
+    """
+    sampler = options.sampler or make_sampler()
+    processors = tuple(options.logits_processors or ())
+    progress = options.prompt_progress_callback
     seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
+    use = use or cache.begin_use(appends=options.prompt_cache is not None)
 
     def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
         logits = logits[:, :vocab_size]
@@ -147,30 +181,43 @@ def generate_step(
         mx.async_eval(token)  # type: ignore[no-untyped-call]
         return token, logprobs[0]
 
-    limit = token_limit(cache, prompt.size, max_tokens)
-    logits = prefill(model, prompt, cache, prefill_step_size, prompt_progress_callback)
-    token, logprobs = choose(logits)
-    if prompt_progress_callback:
-        mx.eval(token)
-        prompt_progress_callback(prompt.size, prompt.size)
-
     def after(token: mx.array) -> tuple[mx.array, mx.array]:
         nonlocal seen
         if processors:
             seen = mx.concatenate([seen, token])
         return choose(model(token[None], cache, last_only=True)[:, 0])
 
-    for count in itertools.count(1):
-        if count == limit:
-            yield cast(int, token.item()), logprobs
-            return
-        if count == 1:  # somebody waits for it, and the next step may have to be traced
-            yield cast(int, token.item()), logprobs
-            token, logprobs = after(token)
+    try:
+        end = cache.offset + prompt.size
+        limit = token_limit(cache, prompt.size, options.max_tokens)
+        logits = prefill(model, prompt, cache, options.prefill_step_size, progress)
+        if limit == 0:
+            mx.eval(cache.buffers)
         else:
-            following = after(token)
-            yield cast(int, token.item()), logprobs
-            token, logprobs = following
+            token, logprobs = choose(logits)
+        if progress:
+            mx.eval(cache.buffers if limit == 0 else token)
+            progress(prompt.size, prompt.size)
+        use.text = end
+        if limit == 0:
+            return
+        for count in itertools.count(1):
+            following = None
+            if count != limit and (count > 1 or use.appends):
+                following = after(token)
+            elif use.appends and cache.room() != 0:
+                model(token[None], cache, last_only=True)  # only for the cache
+            given = cast(int, token.item())
+            use.text = end + count
+            yield given, logprobs
+            if count == limit:
+                return
+            cache.still_in(use)
+            # Somebody waits for the first token, and the step after it may have to be traced.
+            token, logprobs = following or after(token)
+    finally:
+        if cache.use is use:
+            cache.settle()
 
 
 def token_limit(cache: KVCache, prompt_tokens: int, max_tokens: int) -> int | None:
@@ -187,28 +234,31 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     max_tokens: int = 256,
-    *,
-    stop: Sequence[str] = (),
-    **options: Any,
-) -> Iterator[GenerationResponse]:
+    draft_model: OpenELM | None = None,
+    stream: None = None,
+    **options: Unpack[Keywords],
+) -> Generator[GenerationResponse, None, None]:
     """Continue a prompt; one response per token, the last one with a `finish_reason`.
 
     Args:
         prompt: text (a `<s>` is put in front unless it is there) or token ids (taken as is).
         max_tokens: how many tokens at most; -1: until the context is full.
-        stop: strings that end the text; they are not part of it.
-        options: see `generate_step`. `prompt_cache` may be a `PromptCache` too: then the prompt is
-            the whole text, and only what isn't in the cache already is computed. With
-            `draft_model` or `prompt_lookup`, see `speculative.speculative_generate_step`.
+        draft_model: a smaller model with the same tokenizer, which drafts several tokens a step.
+        stream: of mlx-lm; only None.
+        options: see `Options`.
 
     Raises:
-        InputError: when the prompt is empty or too long, or an argument is out of its range.
+        InputError: at the call, when the prompt is empty or an argument is out of its range; with
+            the first token, when the prompt is too long.
+        TypeError: for an argument of another name.
     """
-    if max_tokens == 0 or max_tokens < -1:
-        raise InputError(f"max_tokens must be at least 1 (or -1: no limit), not {max_tokens}")
+    if max_tokens == 0:
+        raise InputError("max_tokens must be at least 1 (or -1: no limit), not 0")
+    checked = Options(max_tokens=max_tokens, draft_model=draft_model, stream=stream, **options)
+    stop = checked.stop
     strings = StopStrings((stop,) if isinstance(stop, str) else stop)
     ids = encode_prompt(tokenizer, prompt, model.config.vocab_size)
-    return _stream(model, tokenizer, ids, max_tokens, strings, options)
+    return _stream(model, tokenizer, ids, strings, checked, checked.cache(model))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.array:
@@ -221,13 +271,27 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.a
         if not prompt:
             raise InputError("the prompt is empty")
         bos = tokenizer.bos_token
-        ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
-    else:
-        ids = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
-    strange = [i for i in ids if not 0 <= i < vocab_size]
+        prompt = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
+    return mx.array(token_ids(prompt, vocab_size), mx.int32)
+
+
+def token_ids(ids: Sequence[int] | mx.array, vocab_size: int) -> list[int]:
+    """Token ids of a list, or of an array [L] of MLX, NumPy or PyTorch.
+
+    Raises:
+        InputError: when there are none, or one isn't an id of the model.
+    """
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    try:
+        found = [index(i) for i in cast("Sequence[int]", values)]
+    except TypeError:
+        raise InputError("a prompt must be text, or a sequence of token ids") from None
+    if not found:
+        raise InputError("the prompt is empty")
+    strange = [i for i in found if not 0 <= i < vocab_size]
     if strange:
         raise InputError(f"token id {strange[0]} is not below the model's {vocab_size}")
-    return mx.array(ids, mx.int32)
+    return found
 
 
 class TextStream:
@@ -260,64 +324,81 @@ def _stream(
     model: OpenELM,
     tokenizer: Tokenizer,
     prompt: mx.array,
-    max_tokens: int,
     stop: StopStrings,
-    options: dict[str, Any],
-) -> Iterator[GenerationResponse]:
+    options: Options,
+    cache: KVCache,
+) -> Generator[GenerationResponse, None, None]:
     start = time.perf_counter()
-    prompt_size, reused, text_cache = prompt.size, 0, options.pop("prompt_cache", None)
-    fresh = model.make_cache(options.pop("max_kv_size", None), options.pop("kv_bits", None))
-    cache = text_cache or fresh
-    if isinstance(text_cache, PromptCache):
+    prompt_size, reused, texts = prompt.size, 0, options.prompt_cache
+    use, cached_tokens = None, list[int]()
+    if isinstance(texts, PromptCache):
         tokens = cast("list[int]", prompt.tolist())
-        reused, cache = text_cache.begin(tokens), text_cache.cache
-        options["cached_tokens"], prompt = tokens[:reused], prompt[reused:]
-    limit = token_limit(cache, prompt.size, max_tokens)
-    output = TextStream(tokenizer, stop, limit)
-    options |= {
-        "max_tokens": max_tokens,
-        "prompt_cache": cache,
-        "vocab_size": tokenizer.vocab_size,
-    }
-    steps, speculation = _steps(prompt, model, options)
-    for count, (token, logprobs, from_draft) in enumerate(steps, 1):
-        now = time.perf_counter()
-        if count == 1:
-            first = now
-        if isinstance(text_cache, PromptCache):
-            text_cache.tokens.append(token)
-        text, finish_reason = output.add(token)
-        yield GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=logprobs,
-            from_draft=from_draft,
-            prompt_tokens=prompt_size,
-            prompt_tps=prompt_size / (first - start),
-            generation_tokens=count,
-            generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish_reason,
-            cached_tokens=reused,
-            speculation=speculation,
+        reused, cache = texts.begin(tokens), texts.cache
+        cached_tokens, prompt = tokens[:reused], prompt[reused:]
+        use = cache.begin_use(new_text=prompt.size, appends=False)
+    output = TextStream(tokenizer, stop, token_limit(cache, prompt.size, options.max_tokens))
+    speculation = None
+    if options.drafts:
+        from .speculative import Speculation, drafted_steps
+
+        speculation = Speculation()
+        steps = drafted_steps(
+            prompt,
+            model,
+            options,
+            cache,
+            use=use,
+            cached_tokens=cached_tokens,
+            vocab_size=tokenizer.vocab_size,
+            statistics=speculation,
         )
-        if finish_reason:
-            steps.close()  # the cache then holds what was given, and nothing that was drafted
-            return
+    else:
+        steps = _undrafted(
+            _plain_steps(
+                prompt,
+                model,
+                options,
+                cache,
+                use=use,
+                cached_tokens=cached_tokens,
+                vocab_size=tokenizer.vocab_size,
+            )
+        )
+    first = start
+    with closing(steps):
+        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
+            now = time.perf_counter()
+            if count == 1:
+                first = now
+            if isinstance(texts, PromptCache):
+                texts.tokens.append(token)
+            text, finish_reason = output.add(token)
+            if finish_reason:
+                steps.close()  # the cache then holds what was given, and nothing beyond
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                logprobs=logprobs,
+                from_draft=from_draft,
+                prompt_tokens=prompt_size,
+                prompt_tps=prompt_size / (first - start),
+                generation_tokens=count,
+                generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish_reason,
+                cached_tokens=reused,
+                speculation=speculation,
+            )
+            if finish_reason:
+                return
 
 
-def _steps(
-    prompt: mx.array, model: OpenELM, options: dict[str, Any]
-) -> tuple[Generator[tuple[int, mx.array, bool], None, None], Speculation | None]:
-    """Tokens with their log-probabilities, and whether they were drafted: with drafts, or plain."""
-    if options.get("draft_model") is None and not options.get("prompt_lookup"):
-        for name in ("draft_model", "prompt_lookup", "num_draft_tokens"):
-            options.pop(name, None)
-        return ((*step, False) for step in generate_step(prompt, model, **options)), None
-    from .speculative import Speculation, speculative_generate_step
-
-    speculation = Speculation()
-    return speculative_generate_step(prompt, model, statistics=speculation, **options), speculation
+def _undrafted(
+    steps: Generator[tuple[int, mx.array], None, None],
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    with closing(steps):
+        for token, logprobs in steps:
+            yield token, logprobs, False
 
 
 def generate(
@@ -325,16 +406,18 @@ def generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     verbose: bool = False,
-    **options: Any,
+    max_tokens: int = 256,
+    draft_model: OpenELM | None = None,
+    **options: Unpack[Keywords],
 ) -> str:
     """The text that continues a prompt.
 
     Args:
         verbose: print the text as it comes, and the speed.
-        options: see `stream_generate`.
+        max_tokens, draft_model, options: see `stream_generate`.
     """
     text = ""
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **options):
         text += response.text
         if verbose:
             print(response.text, end="", flush=True)

@@ -60,13 +60,17 @@ class OpenELM:
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
 
     def __call__(
-        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: mx.array,
+        cache: KVCache | Sequence[KVCache] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
         """Logits of the tokens that follow.
 
         Args:
             tokens: [B, L] integers.
-            cache: of the B sequences; the tokens continue what it holds and are added to it.
+            cache: of the B sequences; the tokens continue what it holds and are added to it. (Or
+                a list of one, as `make_prompt_cache` returns it.)
             last_only: only the last position's logits, so that no [L, vocab_size] matrix is made.
 
         Returns:
@@ -77,6 +81,8 @@ class OpenELM:
         """
         if cache is None:
             cache = self.make_cache()
+        elif not isinstance(cache, KVCache):
+            (cache,) = cache
         batch, length = tokens.shape
         # What pads a step is overwritten by the next one; a ring would lose old tokens to it.
         padded = length
@@ -132,6 +138,9 @@ class OpenELM:
         max_size: int | None = None,
         kv_bits: int | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        group_size: int | None = None,
+        quantized_from: int = 0,
     ) -> KVCache:
         """An empty cache for this model.
 
@@ -139,11 +148,22 @@ class OpenELM:
             max_size: let the context slide (see `KVCache`).
             kv_bits: quantize keys and values to 8 or 4 bits.
             lengths: of sequences that will be padded in front to the longest.
+            group_size, quantized_from: of `kv_bits` (see `KVCache`).
 
         Raises:
             InputError: when the model or the cache can't have that.
         """
-        return KVCache(self.config, max_size, self.dtype, kv_bits, lengths)
+        cache = KVCache(
+            self.config,
+            max_size,
+            self.dtype,
+            kv_bits,
+            lengths,
+            group_size=group_size,
+            quantized_from=quantized_from,
+        )
+        cache.made_for = self
+        return cache
 
     def parameters(self) -> dict[str, mx.array]:
         """All tensors by their name on disk, as they are held in memory."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -17,12 +18,55 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """(tokens so far [n], logits [B, vocab]) -> logits [B, vocab]."""
 
 
+@dataclass(frozen=True)
+class Xtc:
+    """Exclude top choices: of the tokens above a threshold only the least likely is left.
+
+    Source: https://github.com/oobabooga/text-generation-webui/pull/6335
+
+    Attributes:
+        probability: how often, from 0 to 1.
+        threshold: the probability, at most 0.5, that a token has to have to be a choice.
+        special_tokens: ids that always stay.
+
+    Raises:
+        InputError: when a value is out of its range.
+    """
+
+    probability: float
+    threshold: float = 0.1
+    special_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("xtc_probability", self.probability, 0 <= self.probability <= 1, "between 0 and 1")
+        _check("xtc_threshold", self.threshold, 0 <= self.threshold <= 0.5, "between 0 and 0.5")
+
+    def __call__(self, logprobs: mx.array, coins: mx.array) -> mx.array:
+        """`logprobs` [B, vocab] where `coins` [B, 1], uniform from 0 to 1, say so changed."""
+        probs = mx.softmax(logprobs.astype(mx.float32), axis=-1)
+        least = mx.min(mx.where(probs > self.threshold, probs, math.inf), axis=-1, keepdims=True)
+        excluded = (probs > least) & (coins <= self.probability)
+        if self.special_tokens:
+            ids = mx.array(self.special_tokens)
+            special = mx.any(mx.arange(logprobs.shape[-1])[:, None] == ids, axis=-1)
+            excluded = excluded & ~special
+        return mx.where(excluded, -math.inf, logprobs)
+
+
+Filter = Callable[[mx.array], mx.array] | Xtc
+"""Log-probabilities [B, vocab] -> the same, with -inf for tokens that are not to be drawn."""
+
+
 def make_sampler(
     temp: float = 0.0,
     top_p: float = 0.0,
     min_p: float = 0.0,
     min_tokens_to_keep: int = 1,
     top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] | None = None,
+    *,
     seed: int | None = None,
 ) -> Sampler:
     """A function that draws tokens from log-probabilities.
@@ -34,6 +78,7 @@ def make_sampler(
         min_p: keep tokens at least this times as likely as the likeliest (arXiv 2407.01082).
         min_tokens_to_keep: how many `min_p` always leaves.
         top_k: keep this many of the most likely tokens; 0 keeps all.
+        xtc_probability, xtc_threshold, xtc_special_tokens: see `Xtc`.
         seed: for draws of its own, the same every time; else from MLX's global random state.
 
     The filters apply before the temperature, as in mlx-lm.
@@ -46,13 +91,16 @@ def make_sampler(
     _check("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1")
     _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "at least 1")
     _check("top_k", top_k, top_k >= 0, "at least 0")
+    xtc = Xtc(xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ()))
     if temp == 0:
         return greedy
-    filters: list[Callable[[mx.array], mx.array]] = []
+    filters: list[Filter] = []
     if 0 < top_p < 1:
         filters.append(partial(keep_top_p, p=top_p))
     if min_p > 0:
         filters.append(partial(keep_min_p, min_p=min_p, at_least=min_tokens_to_keep))
+    if xtc.probability > 0:
+        filters.append(xtc)
     if top_k > 0:
         filters.append(partial(keep_top_k, k=top_k))
     return Draws(temp, tuple(filters), seed)
@@ -73,7 +121,7 @@ class Draws:
     def __init__(
         self,
         temp: float,
-        filters: tuple[Callable[[mx.array], mx.array], ...] = (),
+        filters: tuple[Filter, ...] = (),
         seed: int | None = None,
     ) -> None:
         self.temp = temp
@@ -82,21 +130,32 @@ class Draws:
         self._chain = None if seed is None else mx.random.key(seed)
         self._keys: list[mx.array] = []  # of the draws to come
 
-    def scaled(self, logprobs: mx.array) -> mx.array:
-        """Logits [B, vocab] whose softmax is the distribution that is drawn from."""
+    def scaled(self, logprobs: mx.array, coins: mx.array | None = None) -> mx.array:
+        """Logits [B, vocab] whose softmax is the distribution that is drawn from.
+
+        `coins`: [B, 1] or [1, 1], for XTC; by default from MLX's global random state.
+        """
         for keep in self.filters:
-            logprobs = keep(logprobs)
+            if not isinstance(keep, Xtc):
+                logprobs = keep(logprobs)
+            elif coins is None:
+                logprobs = keep(logprobs, mx.random.uniform(shape=(logprobs.shape[0], 1)))
+            else:
+                logprobs = keep(logprobs, coins)
         return logprobs * (1 / self.temp)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Tokens [B]; the next draw."""
-        token = mx.random.categorical(self.scaled(logprobs), key=self._key(0))
+        coins = self._coins(0, logprobs.shape[0])
+        token = mx.random.categorical(self.scaled(logprobs, coins), key=self._key(0))
         self.advance(1)
         return token
 
     def ahead(self, logprobs: mx.array, first: int = 0) -> mx.array:
         """Tokens [n]: of row `i` [n, vocab], what the draw `first + i` after the next one gives."""
-        logits = self.scaled(logprobs)
+        rows = [self._coins(first + i, 1) for i in range(logprobs.shape[0])]
+        coins = [row for row in rows if row is not None]
+        logits = self.scaled(logprobs, mx.concatenate(coins) if coins else None)
         draws = [
             mx.random.categorical(logits[i : i + 1], key=self._key(first + i))
             for i in range(logits.shape[0])
@@ -106,6 +165,13 @@ class Draws:
     def advance(self, count: int) -> None:
         """`count` draws that were made `ahead` hold."""
         del self._keys[:count]
+
+    def _coins(self, number: int, rows: int) -> mx.array | None:
+        """XTC's coins [rows, 1] of a draw with a seed, where there is XTC."""
+        key = self._key(number) if any(isinstance(keep, Xtc) for keep in self.filters) else None
+        if key is None:
+            return None
+        return mx.random.uniform(shape=(rows, 1), key=mx.random.split(key)[1])
 
     def _key(self, number: int) -> mx.array | None:
         if self._chain is None:

@@ -32,7 +32,7 @@ def alone(demo: Demo, prompt: str, max_tokens: int, **options: object) -> str:
 @pytest.mark.parametrize("size", [1, 3, 32])
 def test_each_sequence_is_what_it_is_alone(demo: Demo, size: int) -> None:
     limits = [3, 40, 17, 25]
-    response = batch_generate(*demo, PROMPTS, limits, completion_batch_size=size)
+    response = batch_generate(*demo, PROMPTS, max_tokens=limits, completion_batch_size=size)
     assert response.texts == [alone(demo, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
     assert [len(ids) for ids in response.token_ids] == limits
     assert response.finish_reasons == ["length"] * 4
@@ -43,24 +43,24 @@ def test_each_sequence_is_what_it_is_alone(demo: Demo, size: int) -> None:
 
 def test_prompts_in_chunks_and_ids(demo: Demo) -> None:
     ids = [demo[1].encode(p) for p in PROMPTS]
-    response = batch_generate(*demo, ids, 12, prefill_step_size=4)
+    response = batch_generate(*demo, ids, max_tokens=12, prefill_step_size=4)
     assert response.texts == [alone(demo, p, 12) for p in PROMPTS]
 
 
 def test_stop_strings_and_eos_end_one_sequence(demo: Demo) -> None:
     stop = alone(demo, PROMPTS[0], 20)[8:14]
-    response = batch_generate(*demo, PROMPTS, 20, stop=[stop])
+    response = batch_generate(*demo, PROMPTS, max_tokens=20, stop=[stop])
     assert response.texts == [alone(demo, p, 20, stop=[stop]) for p in PROMPTS]
     assert response.finish_reasons[0] == "stop"
     bias = make_logits_processors(logit_bias={demo[1].eos_token_id: 1e4})
-    ended = batch_generate(*demo, PROMPTS, 20, logits_processors=bias)
+    ended = batch_generate(*demo, PROMPTS, max_tokens=20, logits_processors=bias)
     assert ended.texts == [""] * 4
     assert ended.finish_reasons == ["stop"] * 4
 
 
 def test_processors_see_their_own_sequence(demo: Demo) -> None:
     penalty = make_logits_processors(repetition_penalty=1.7)
-    response = batch_generate(*demo, PROMPTS, [30, 4, 30, 9], logits_processors=penalty)
+    response = batch_generate(*demo, PROMPTS, max_tokens=[30, 4, 30, 9], logits_processors=penalty)
     for prompt, text, n in zip(PROMPTS, response.texts, [30, 4, 30, 9], strict=True):
         assert text == alone(demo, prompt, n, logits_processors=penalty)
 
@@ -68,7 +68,7 @@ def test_processors_see_their_own_sequence(demo: Demo) -> None:
 def test_sequences_are_sampled_apart(demo: Demo) -> None:
     def texts() -> list[str]:
         sampler = make_sampler(1.0, seed=3)
-        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=sampler).texts
+        return batch_generate(*demo, [PROMPTS[0]] * 4, max_tokens=20, sampler=sampler).texts
 
     assert texts() == texts()
     assert len(set(texts())) == 4
@@ -77,7 +77,7 @@ def test_sequences_are_sampled_apart(demo: Demo) -> None:
 def test_the_context_ends_each_sequence_by_itself(demo: Demo) -> None:
     context = demo[0].config.max_context_length
     prompts = [[1] * (context - 5), [1, 7, 9]]
-    response = batch_generate(*demo, prompts, 40)
+    response = batch_generate(*demo, prompts, max_tokens=40)
     assert [len(ids) for ids in response.token_ids] == [6, 40]
     wanted = [r.token for r in stream_generate(*demo, [1, 7, 9], max_tokens=40)]
     assert response.token_ids[1] == wanted
@@ -91,8 +91,12 @@ def test_nothing_in_nothing_out(demo: Demo) -> None:
     ("prompts", "options", "message"),
     [
         ([""], {}, "the prompt is empty"),
-        ([[1], []], {}, "prompt 1 has 0 tokens"),
-        ([[1] * 1025], {}, "prompt 0 has 1025 tokens; from 1 to the model's context of 1024"),
+        ([[1], []], {}, "prompt 1: the prompt is empty"),
+        (
+            [[1] * 1025],
+            {},
+            "prompt 0 has 1025 tokens; from 1 to 1024 are possible in the model's context of 1024",
+        ),
         (["a"], {"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
         (["a"], {"max_tokens": [1, 2]}, "max_tokens has 2 entries for 1 prompts"),
         (["a"], {"completion_batch_size": 0}, "completion_batch_size must be at least 1"),
