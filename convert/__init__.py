@@ -6,7 +6,6 @@ The package can be called: `mlx_openelm.convert(hf_path, mlx_path)` is the funct
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
