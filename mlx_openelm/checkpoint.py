@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import mlx.core as mx
 
@@ -25,22 +26,60 @@ if TYPE_CHECKING:
 METADATA = {"format": "mlx"}
 
 
+@overload
 def load(
     path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = ...,
+    model_config: Mapping[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
+    lazy: bool = ...,
+    return_config: Literal[False] = ...,
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    *,
+    tokenizer: str | Path | None = ...,
+    seconds: dict[str, float] | None = ...,
+) -> tuple[OpenELM, Tokenizer]: ...
+@overload
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = ...,
+    model_config: Mapping[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
+    lazy: bool = ...,
+    *,
+    return_config: Literal[True],
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    tokenizer: str | Path | None = ...,
+    seconds: dict[str, float] | None = ...,
+) -> tuple[OpenELM, Tokenizer, dict[str, Any]]: ...
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     *,
     tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    lazy: bool = False,
     seconds: dict[str, float] | None = None,
-) -> tuple[OpenELM, Tokenizer]:
+) -> tuple[OpenELM, Tokenizer] | tuple[OpenELM, Tokenizer, dict[str, Any]]:
     """A model and its tokenizer.
 
     Args:
         path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
+        tokenizer_config: values that go before those of `tokenizer_config.json`.
+        model_config: values that go before those of `config.json`.
+        adapter_path: not supported yet; only None.
+        lazy: leave the weights on disk until they are first used.
+        return_config: return `config.json`, with the `model_config`, as a third value.
+        revision: branch, tag or commit of the Hugging Face repository.
+        trust_remote_code: of mlx-lm; no code of a repository is ever run.
         tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
             tokenizer of its own, or in place of it.
-        revision: branch, tag or commit of the Hugging Face repository.
-        lazy: leave the weights on disk until they are first used.
         seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
 
     Raises:
@@ -49,13 +88,23 @@ def load(
     """
     from .tokenizer import load_tokenizer
 
+    if adapter_path is not None:
+        raise InputError("adapter_path isn't supported; merge the adapter with openelm-convert")
     directory = resolve(path_or_hf_repo, revision)
     source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
-    reading = beside(lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source)))
-    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
+    reading = beside(
+        lambda: _timed(
+            "tokenizer", seconds, lambda: load_tokenizer(source, tokenizer_config=tokenizer_config)
+        )
+    )
+    model = _timed(
+        "weights", seconds, lambda: load_model(directory, lazy=lazy, model_config=model_config)
+    )
     loaded = reading()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
+    if return_config:
+        return model, loaded, read_config(directory, model_config)
     return model, loaded
 
 
@@ -70,7 +119,11 @@ def _timed(name: str, seconds: dict[str, float], work: Callable[[], _T]) -> _T:
 
 
 def beside(work: Callable[[], _T]) -> Callable[[], _T]:
-    """Begin `work` on a thread; the function returned waits for its result, or its error."""
+    """Begin `work` on a thread; the function returned waits for its result, or its error.
+
+    Python waits for the thread before it exits: one that runs while the interpreter is taken down
+    ends the process by abort().
+    """
     outcome: list[_T] = []
     errors: list[BaseException] = []
 
@@ -80,7 +133,7 @@ def beside(work: Callable[[], _T]) -> Callable[[], _T]:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run)
     thread.start()
 
     def wait() -> _T:
@@ -137,13 +190,31 @@ def check_vocabulary(pieces: int, rows: int, where: str) -> None:
         )
 
 
-def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
+def read_config(directory: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a directory, with some values changed.
+
+    Raises:
+        InputError: when it can't be read, or has no such values to change.
+    """
+    values = read_json(directory / "config.json")
+    known = values.keys() | {field.name for field in fields(OpenELMConfig)}
+    strange = sorted((changes or {}).keys() - known)
+    if strange:
+        raise InputError(f"model_config: {directory / 'config.json'} has no {strange[0]!r}")
+    return {**values, **(changes or {})}
+
+
+def load_model(
+    directory: Path, *, lazy: bool = False, model_config: Mapping[str, Any] | None = None
+) -> OpenELM:
     """The model in a directory, in the dtype that suits the device.
+
+    `model_config` are values that go before those of `config.json`.
 
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
     """
-    values = read_json(directory / "config.json")
+    values = read_config(directory, model_config)
     where = str(directory / "config.json")
     config = OpenELMConfig.from_dict(values, where)
     stored = values.get("quantization") or values.get("quantization_config")

@@ -224,14 +224,17 @@ class StreamingDetokenizer:
         return "".join(new)
 
 
-def load_tokenizer(directory_or_file: str | Path) -> Tokenizer:
+def load_tokenizer(
+    directory_or_file: str | Path, *, tokenizer_config: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """Read a tokenizer from a model directory, or from one file.
 
     In a directory that is `tokenizer.model` (SentencePiece), else `tokenizer.json` (Hugging
     Face's tokenizers), and with it what else the directory says: `tokenizer_config.json` (BOS,
     EOS, chat template), `chat_template.jinja`, and further EOS ids in `generation_config.json`
     or `config.json`. A file stands for itself: `.json` is a `tokenizer.json`, any other name a
-    SentencePiece model.
+    SentencePiece model. `tokenizer_config` are values that go before those of
+    `tokenizer_config.json`.
 
     Raises:
         InputError: when there is no tokenizer, or a file can't be read or used; the message
@@ -246,6 +249,7 @@ def load_tokenizer(directory_or_file: str | Path) -> Tokenizer:
         template = _read_chat_template(path, settings)
     read = from_tokenizer_json if file.suffix == ".json" else from_sentencepiece
     vocabulary = read(file)
+    settings = {**settings, **(tokenizer_config or {})}
     try:
         return Tokenizer(
             vocabulary,

@@ -165,28 +165,27 @@ def test_a_list_holds_what_was_given_out_whatever_line_stops_it(way: str) -> Non
         # Between being counted and being received, a token is the text's.
         assert caches[0].offset in (0, *(len(PROMPT) + len(given) + more for more in (0, 1)))
         check_is_of_the_text(caches[0], WHOLE)
-        rest = WHOLE[caches[0].offset :] + [3]
-        assert tokens_of(rest, prompt_cache=caches) == tokens_of(WHOLE + [3])
+        rest = [*WHOLE[caches[0].offset :], 3]
+        assert tokens_of(rest, prompt_cache=caches) == tokens_of([*WHOLE, 3])
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["sampler", "logits_processors", "prompt_progress_callback"])
 def test_a_function_of_the_user_may_raise_at_any_call(way: str, where: str) -> None:
-    calls = 0
+    calls = stop_at = 0
 
-    def count(stop_at: int) -> None:
+    def count() -> None:
         nonlocal calls
         calls += 1
         if calls == stop_at:
             raise RuntimeError("the user's")
 
+    option: Any = {
+        "sampler": lambda logprobs: (count(), mx.argmax(logprobs, axis=-1))[1],
+        "logits_processors": [lambda _, logits: (count(), logits)[1]],
+        "prompt_progress_callback": lambda *_: count(),
+    }[where]
     for stop_at in range(1, LENGTH + 2):
-        calls = 0
-        option: Any = {
-            "sampler": lambda logprobs: (count(stop_at), mx.argmax(logprobs, axis=-1))[1],
-            "logits_processors": [lambda _, logits: (count(stop_at), logits)[1]],
-            "prompt_progress_callback": lambda *_: count(stop_at),
-        }[where]
         for cache in (PromptCache(MODEL), make_prompt_cache(MODEL), MODEL.make_cache()):
             calls = 0
             options = {"prompt_cache": cache, "prefill_step_size": 2, **WAYS[way]}
@@ -233,16 +232,17 @@ def test_a_stream_that_is_left_lies_open_or_is_closed(way: str, count: int) -> N
 def test_a_context_that_slides_survives_too() -> None:
     prompt = PROMPT * 12
     alone = tokens_of(prompt, max_kv_size=16)
+    calls = stop_at = 0
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Stop
+        return mx.argmax(logprobs, axis=-1)
+
     for stop_at in range(1, LENGTH + 1):
         calls = 0
-
-        def sampler(logprobs: mx.array) -> mx.array:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise Stop
-            return mx.argmax(logprobs, axis=-1)
-
         cache = PromptCache(MODEL, max_kv_size=16)
         with suppress(Stop):
             tokens_of(prompt, prompt_cache=cache, sampler=sampler)

@@ -87,7 +87,7 @@ def command(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         recipe=recipe,
         trim_vocab=args.trim_vocab,
-        chat=args.chat or _chats(args.source, checkpoint.source),
+        chat=args.chat or chats(args.source, checkpoint.source),
         allow_nonfinite=args.allow_nonfinite,
     )
     with progress(size(checkpoint.tensors)) as report:
@@ -165,7 +165,7 @@ def _tokenizer(given: str | None, source: Source) -> Path | None:
     return find_tokenizer(path) if path.is_dir() else path
 
 
-def _chats(name: str, source: Source) -> bool:
+def chats(name: str, source: Source) -> bool:
     """Whether this is an Instruct model: its name says so, or it has a chat template."""
     if "instruct" in name.lower():
         return True

@@ -27,16 +27,31 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Check the directory, upload it in one commit, print the address."""
-    if not args.directory.is_dir():
-        raise InputError(f"{args.directory}: no such directory")
-    load_model(args.directory, lazy=True)
+    print(upload_directory(args.directory, args.repo, args.base_model, args.license, args.private))
+    return 0
+
+
+def upload_directory(
+    directory: Path,
+    repo: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    private: bool = False,
+) -> str:
+    """Check a model directory and upload it in one commit; returns the commit's address.
+
+    Raises:
+        InputError: when it isn't a model directory, or nobody may write to `repo`.
+        OpenELMError: when the hub can't be reached.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory")
+    load_model(directory, lazy=True)
     files: dict[str, Path | bytes] = {
         path.name: path
         for pattern in (*MODEL_FILES, CARD)
-        for path in sorted(args.directory.glob(pattern))
+        for path in sorted(directory.glob(pattern))
     }
     if CARD not in files:
-        card = model_card(args.directory, args.repo, args.base_model, args.license)
-        files[CARD] = card.encode()
-    print(upload(args.repo, files, args.private))
-    return 0
+        files[CARD] = model_card(directory, repo, base_model, license).encode()
+    return upload(repo, files, private)
