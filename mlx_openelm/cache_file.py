@@ -8,12 +8,10 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from .cache import KVCache
 from .config import OpenELMConfig
@@ -26,7 +24,7 @@ MAX_HEADER = 16 << 20
 """Bytes. A header says the name and shape of some arrays a layer, and the tokens."""
 
 _NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_FLOATS = {name: dtype for dtype, name in _NAMES.items() if dtype != mx.uint32}
 
 
 class Saved(NamedTuple):
@@ -151,7 +149,7 @@ def _read(file: Path, opened: BinaryIO) -> Saved:
         raise damaged
     arrays = {}
     for name, (shape, dtype) in cache.layout(positions).items():
-        integers = np.frombuffer(data.pop(name), f"<u{dtype.size}")
+        integers: Any = memoryview(data.pop(name)).cast("H" if dtype.size == 2 else "I")
         arrays[name] = mx.array(integers).view(dtype).reshape(shape)
     cache.restore(arrays, positions)
     return Saved(cache, tokens, metadata)
@@ -166,7 +164,7 @@ def _described(values: dict[str, str]) -> tuple[KVCache, list[int] | None, int, 
     config = OpenELMConfig.from_dict(json.loads(values["config"]), "config")
     kv, tokens, metadata = (json.loads(values[name]) for name in ("kv", "tokens", "metadata"))
     bits, group_size = kv or (None, None)
-    cache = KVCache(config, None, _DTYPES[values["dtype"]], bits, group_size=group_size)
+    cache = KVCache(config, None, _FLOATS[values["dtype"]], bits, group_size=group_size)
     cache.made_for = values["model"]
     length = int(values["length"])
     if not 0 <= length <= config.max_context_length:
@@ -176,7 +174,8 @@ def _described(values: dict[str, str]) -> tuple[KVCache, list[int] | None, int, 
         or not all(type(token) is int and 0 <= token < config.vocab_size for token in tokens)
     ):
         raise ValueError("tokens")
-    if not all(isinstance(value, str) for value in metadata.values()):
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not texts or not all(isinstance(value, str) for value in values.values()):
         raise ValueError("metadata")
     return cache, tokens, length, metadata
 
@@ -184,6 +183,8 @@ def _described(values: dict[str, str]) -> tuple[KVCache, list[int] | None, int, 
 def _digest(
     values: Mapping[str, str], entries: Mapping[str, Any], data: Mapping[str, bytes | memoryview]
 ) -> str:
+    from hashlib import sha256
+
     whole = sha256(json.dumps([values, entries], sort_keys=True).encode())
     for name in entries:
         whole.update(data[name])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from itertools import islice
 from os import cpu_count
 
@@ -22,6 +20,9 @@ def fingerprint(model: OpenELM) -> str:
     their order keeps the fingerprint. Processors with instructions for SHA-256 (all of Apple
     silicon) hash about 2 GB/s a core, and several tensors are hashed at once.
     """
+    from concurrent.futures import ThreadPoolExecutor
+    from hashlib import sha256
+
     values = {"config": model.config.to_dict()}
     whole = sha256(json.dumps(values, sort_keys=True).encode())
     threads = min(cpu_count() or 1, 8)
@@ -39,4 +40,6 @@ def _bytes(tensors: Iterator[tuple[str, mx.array]]) -> Iterator[tuple[str, memor
 
 
 def _digest(tensor: tuple[str, memoryview]) -> tuple[str, bytes]:
+    from hashlib import sha256
+
     return tensor[0], sha256(tensor[1]).digest()

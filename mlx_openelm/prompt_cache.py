@@ -35,6 +35,7 @@ class PromptCache:
         self.model = model
         self.cache = model.make_cache(max_kv_size, kv_bits)
         self.tokens: list[int] = []
+        self._fingerprint: str | None = None  # of the model, once somebody needs it
 
     @property
     def held(self) -> list[int]:
@@ -76,7 +77,9 @@ class PromptCache:
         Raises:
             InputError: when it can't be written there, or the context slides.
         """
-        write_cache(file, self.cache, fingerprint(self.model), tokens=self.held)
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        write_cache(file, self.cache, self._fingerprint, tokens=self.held)
 
     @classmethod
     def load(cls, file: str | Path, model: OpenELM) -> PromptCache:
@@ -87,7 +90,9 @@ class PromptCache:
         """
         file = user_path(file)
         saved = read_cache(file)
-        if saved.cache.made_for != fingerprint(model):
+        made = cls(model)
+        made._fingerprint = fingerprint(model)
+        if saved.cache.made_for != made._fingerprint:
             raise InputError(
                 f"{file}: the prompt cache of another model, or of this one computed in another "
                 "dtype; name another file, or delete this one"
@@ -98,6 +103,5 @@ class PromptCache:
                 "with load_prompt_cache"
             )
         saved.cache.made_for = model
-        made = cls(model)
         made.cache, made.tokens = saved.cache, saved.tokens
         return made

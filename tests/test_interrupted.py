@@ -172,12 +172,12 @@ def test_a_list_holds_what_was_given_out_whatever_line_stops_it(way: str) -> Non
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["sampler", "logits_processors", "prompt_progress_callback"])
 def test_a_function_of_the_user_may_raise_at_any_call(way: str, where: str) -> None:
-    calls = stop_at = 0
+    calls = last = 0
 
     def count() -> None:
         nonlocal calls
         calls += 1
-        if calls == stop_at:
+        if calls == last:
             raise RuntimeError("the user's")
 
     option: Any = {
@@ -185,7 +185,7 @@ def test_a_function_of_the_user_may_raise_at_any_call(way: str, where: str) -> N
         "logits_processors": [lambda _, logits: (count(), logits)[1]],
         "prompt_progress_callback": lambda *_: count(),
     }[where]
-    for stop_at in range(1, LENGTH + 2):
+    for last in range(1, LENGTH + 2):  # noqa: B007
         for cache in (PromptCache(MODEL), make_prompt_cache(MODEL), MODEL.make_cache()):
             calls = 0
             options = {"prompt_cache": cache, "prefill_step_size": 2, **WAYS[way]}
@@ -232,16 +232,16 @@ def test_a_stream_that_is_left_lies_open_or_is_closed(way: str, count: int) -> N
 def test_a_context_that_slides_survives_too() -> None:
     prompt = PROMPT * 12
     alone = tokens_of(prompt, max_kv_size=16)
-    calls = stop_at = 0
+    calls = last = 0
 
     def sampler(logprobs: mx.array) -> mx.array:
         nonlocal calls
         calls += 1
-        if calls == stop_at:
+        if calls == last:
             raise Stop
         return mx.argmax(logprobs, axis=-1)
 
-    for stop_at in range(1, LENGTH + 1):
+    for last in range(1, LENGTH + 1):  # noqa: B007
         calls = 0
         cache = PromptCache(MODEL, max_kv_size=16)
         with suppress(Stop):
