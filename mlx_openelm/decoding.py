@@ -71,7 +71,7 @@ def prefill(
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
-    `progress` is called with (tokens done, tokens in all) between the chunks.
+    `progress` is called with (tokens done, tokens in all) before the first and between the chunks.
 
     Raises:
         InputError: when the prompt doesn't fit into the context.
@@ -86,6 +86,8 @@ def prefill(
             f"context of {model.config.max_context_length}; shorten it, or let the context slide "
             "with --max-kv-size (max_kv_size= in Python)"
         )
+    if progress:
+        progress(0, total)
     while True:
         count = cache.longest_step(min(step_size, total - done))
         logits = model(rows[:, done : done + count], cache, last_only=True)

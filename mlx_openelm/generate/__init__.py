@@ -1,5 +1,15 @@
 """Text from a prompt: `python -m mlx_openelm.generate`, and the function of that name."""
 
-from ..decoding import generate, stream_generate
+from ..batching import BatchResponse, batch_generate
+from ..decoding import GenerationResponse, generate, generate_step, stream_generate
+from ..speculative import speculative_generate_step
 
-__all__ = ["generate", "stream_generate"]
+__all__ = [
+    "BatchResponse",
+    "GenerationResponse",
+    "batch_generate",
+    "generate",
+    "generate_step",
+    "speculative_generate_step",
+    "stream_generate",
+]
