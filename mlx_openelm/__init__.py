@@ -33,12 +33,13 @@ from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache
 from .checkpoint import load
 from .config import OpenELMConfig
-from .decoding import GenerationResponse, generate_step
+from .decoding import generate_step
 from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
 from .model import OpenELM
 from .prompt_cache import PromptCache
 from .sampling import make_logits_processors, make_sampler
+from .stream import GenerationResponse
 
 if TYPE_CHECKING:
     from .convert import convert

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .cache import KVCache, merge
-from .decoding import Prompt, TextStream, encode_prompt, prefill
+from .decoding import prefill
 from .errors import InputError
 from .model import OpenELM
 from .options import UNSUPPORTED, Options, fits, given_cache
 from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
 from .stopping import StopStrings
+from .stream import Prompt, TextStream, encode_prompt
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

@@ -9,7 +9,8 @@ from types import ModuleType
 import mlx.core as mx
 
 from . import device, network
-from .cache import Buffer, KVCache, view
+from .buffers import Buffer, view
+from .cache import KVCache
 from .config import OpenELMConfig
 from .quantization import Quantization, Scheme
 from .weights import dequantize, make_weights, named, random_arrays

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import _kernels
-from .cache import Buffer, View, write
+from .buffers import Buffer, View, write
 from .config import OpenELMConfig
 from .kernels import PACKED_BITS
 from .network import Step, silu

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_openelm import InputError, OpenELM
-from mlx_openelm.cache import FIRST_CAPACITY, KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm.buffers import KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm.cache import FIRST_CAPACITY
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.tokenizer import Tokenizer
 

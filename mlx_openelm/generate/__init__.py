@@ -1,8 +1,9 @@
 """Text from a prompt: `python -m mlx_openelm.generate`, and the function of that name."""
 
 from ..batching import BatchResponse, batch_generate
-from ..decoding import GenerationResponse, generate, generate_step, stream_generate
+from ..decoding import generate_step
 from ..speculative import speculative_generate_step
+from ..stream import GenerationResponse, generate, stream_generate
 
 __all__ = [
     "BatchResponse",

@@ -20,8 +20,8 @@ from .. import (
 )
 from ..checkpoint import load, load_draft
 from ..command import INTERRUPTED, add_debug, run, tell
-from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
+from ..stream import GenerationResponse, stream_generate, summary
 
 
 def parser() -> argparse.ArgumentParser:
