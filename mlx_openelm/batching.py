@@ -101,7 +101,7 @@ def batch_generate(
     model: OpenELM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    prompt_caches: Sequence[Sequence[KVCache]] | None = None,
+    prompt_caches: Sequence[Sequence[KVCache] | None] | None = None,
     max_tokens: int | Sequence[int] = 128,
     verbose: bool = False,
     return_prompt_caches: bool = False,
@@ -123,8 +123,8 @@ def batch_generate(
 
     Args:
         prompts: texts, or lists of token ids.
-        prompt_caches: of each prompt, what comes before it, as `make_prompt_cache` makes it. They
-            are not changed.
+        prompt_caches: of each prompt, what comes before it, as `make_prompt_cache` makes it, or
+            None. They are not changed.
         max_tokens: how many tokens at most, for all or for each.
         verbose: print progress and speeds.
         return_prompt_caches: put the caches of all sequences into the response.
@@ -218,19 +218,21 @@ def batch_generate(
 
 
 def _befores(
-    caches: Sequence[Sequence[KVCache]] | None, count: int, model: OpenELM
+    caches: Sequence[Sequence[KVCache] | None] | None, count: int, model: OpenELM
 ) -> list[KVCache | None]:
     """What comes before each prompt; None where that is nothing."""
     if caches is None:
         return [None] * count
     if len(caches) != count:
         raise InputError(f"prompt_caches has {len(caches)} entries for {count} prompts")
-    found = [given_cache(cache) for cache in caches]
+    found = [None if cache is None else given_cache(cache) for cache in caches]
     for cache in found:
+        if cache is None:
+            continue
         fits(cache, model)
         if cache.max_size is not None:
             raise InputError("a prompt cache that slides (max_kv_size) can't be used in a batch")
-    return list(found)
+    return found
 
 
 def _summary(stats: BatchStats) -> str:

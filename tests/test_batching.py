@@ -116,3 +116,67 @@ def test_a_sliding_cache_takes_one_length(demo: Demo) -> None:
     assert cache.starts is None
     assert cache.room() == demo[0].config.max_context_length
     demo[0](mx.array([[1, 2, 3], [1, 4, 5]]), cache)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_batch_goes_on_from_caches_and_leaves_them_alone(demo: Demo, kv_bits: int | None) -> None:
+    model, tokenizer = demo
+    caches = [[model.make_cache(kv_bits=kv_bits)] for _ in range(3)]
+    for cache, prompt in zip(caches, PROMPTS, strict=False):
+        generate(model, tokenizer, prompt, max_tokens=5, prompt_cache=cache)
+    lengths = [cache[0].offset for cache in caches]
+    more = [tokenizer.encode(p, add_special_tokens=False) for p in (" and", " who had", ",")]
+    response = batch_generate(model, tokenizer, more, caches, max_tokens=9)
+    assert [cache[0].offset for cache in caches] == lengths
+    alone_texts = [
+        generate(model, tokenizer, prompt, max_tokens=9, prompt_cache=cache)
+        for prompt, cache in zip(more, caches, strict=True)
+    ]
+    assert response.texts == alone_texts
+    first = batch_generate(model, tokenizer, PROMPTS[:2], [None, None], max_tokens=6)
+    assert first.texts == [alone(demo, p, 6) for p in PROMPTS[:2]]
+
+
+def test_caches_and_logprobs_of_a_batch_are_those_of_its_sequences(demo: Demo) -> None:
+    model, tokenizer = demo
+    response = batch_generate(
+        model,
+        tokenizer,
+        PROMPTS,
+        max_tokens=[3, 12, 7, 12],
+        return_prompt_caches=True,
+        return_logprobs=True,
+    )
+    assert response.caches is not None and response.logprobs is not None
+    for prompt, ids, (cache,), logprobs in zip(
+        PROMPTS, response.token_ids, response.caches, response.logprobs, strict=True
+    ):
+        text = [*tokenizer.encode(prompt), *ids]
+        fresh = model.make_cache()
+        logits = model(mx.array([text]), fresh)[0]
+        assert cache.offset == len(text)
+        for name, array in cache.state.items():
+            assert mx.abs(array - fresh.state[name]).max().item() < 1e-3
+        known = logits[:, : tokenizer.vocab_size]
+        wanted = known - mx.logsumexp(known, axis=-1, keepdims=True)
+        for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+            assert wanted[len(text) - len(ids) + i - 1, token].item() == pytest.approx(
+                logprob, abs=1e-3
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_caches": [[]]}, "prompt_cache must be"),
+        ({"prompt_caches": []}, "prompt_caches has 0 entries for 1 prompts"),
+        ({"prefill_batch_size": 0}, "prefill_batch_size must be at least 1"),
+        ({"max_kv_size": 64}, "max_kv_size isn't supported for a batch"),
+        ({"stream": 1}, "stream isn't supported"),
+    ],
+)
+def test_what_a_batch_does_not_take_is_refused(
+    demo: Demo, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        batch_generate(*demo, ["a"], **options)  # type: ignore[arg-type]
