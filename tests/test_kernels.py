@@ -267,7 +267,7 @@ def test_they_are_used_unless_they_are_switched_off() -> None:
 
 
 def test_an_installation_without_them_computes_with_mlxs(tmp_path: Path) -> None:
-    left_out = shutil.ignore_patterns("*.so", "convert", "benchmarks")
+    left_out = shutil.ignore_patterns("*.so", "benchmarks")
     shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=left_out)
     text, warning = policy_in(tmp_path)
     assert "no kernels of its own (not compiled at installation)" in text
@@ -276,7 +276,7 @@ def test_an_installation_without_them_computes_with_mlxs(tmp_path: Path) -> None
 
 def test_a_library_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     """One with symbols that the MLX of today lacks, say."""
-    shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=shutil.ignore_patterns("convert"))
+    shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=shutil.ignore_patterns("benchmarks"))
     [library] = (tmp_path / "mlx_openelm").glob("_kernels.*so")
     library.write_bytes(b"no library")
     text, warning = policy_in(tmp_path)
@@ -285,7 +285,7 @@ def test_a_library_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
 
 
 def test_they_are_not_used_with_another_mlx_and_that_is_told(tmp_path: Path) -> None:
-    shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=shutil.ignore_patterns("convert"))
+    shutil.copytree(SOURCE, tmp_path / "mlx_openelm", ignore=shutil.ignore_patterns("benchmarks"))
     [library] = (tmp_path / "mlx_openelm").glob("_kernels.*so")
     library.unlink()
     library.with_name("_kernels.py").write_text("MLX_VERSION = '0.1.2'\n")
