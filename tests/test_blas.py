@@ -82,7 +82,7 @@ def test_the_kernel_serves_alone_where_no_blas_is() -> None:
 
 
 def test_without_the_kernel_all_is_as_it_was(openblas: str, tmp_path: Path) -> None:
-    left_out = shutil.ignore_patterns("*.so", "convert", "benchmarks")
+    left_out = shutil.ignore_patterns("*.so", "benchmarks")
     shutil.copytree(PACKAGE, tmp_path / "mlx_openelm", ignore=left_out)
     result = python(LOGITS, "-W", "error", folder=tmp_path, PYTHONPATH=str(tmp_path))
     found, _ = json.loads(result.stdout)
