@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import blas
+from mlx_openelm.backends import cpu
 
 from .results import UNKNOWN, Machine
 
@@ -83,10 +83,10 @@ def mlx_device() -> str:
 
 
 def blas_name() -> str:
-    """The BLAS that MLX uses on the CPU."""
+    """What multiplies matrices on the CPU."""
     if _on_mac():
         return "Accelerate"
-    return blas.in_use or "MLX's own (reference)"
+    return "MLX's own (reference)" if cpu.missing() else "own products"
 
 
 def versions() -> dict[str, str]:

@@ -19,8 +19,8 @@ import mlx.core as mx
 from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import read_yaml, shown
+from mlx_openelm.names import canonical_name
 
-from .names import canonical_name
 from .sources import LazyTensor
 from .sources.lazy import DTYPES
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.files import read_json
+from mlx_openelm.stored_quantization import stored_quantization
 
-from .verify import stored_quantization
 from .writer import RECORD
 
 _CARD = """\
@@ -41,8 +41,10 @@ def model_card(directory: Path, repo: str, base_model: str | None, licence: str 
     Raises:
         InputError: when the directory has no usable `config.json`.
     """
-    config = OpenELMConfig.from_json(directory / "config.json")
-    quantization, record = stored_quantization(directory), directory / RECORD
+    file, record = directory / "config.json", directory / RECORD
+    values = read_json(file)
+    config = OpenELMConfig.from_dict(values, str(file))
+    quantization = stored_quantization(values, str(file))
     made = read_json(record) if record.exists() else {}
     dtype = made.get("options", {}).get("dtype")
     weights = f"weights in {dtype}" if dtype else "converted"

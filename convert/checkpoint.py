@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import map_names, with_embeddings
 
-from .names import map_names
 from .sources import LazyTensor, Source, open_source
 from .writer import check_shapes, without_redundant_head
 
@@ -33,6 +33,7 @@ def open_directory(path: Path) -> Checkpoint:
     if source.config is None:
         raise InputError(f"{path}: no config.json in it; this is not a model directory")
     tensors, notes = map_names(source.tensors)
+    tensors = with_embeddings(tensors, source.config.share_input_output_layers)
     tensors, more = without_redundant_head(tensors, source.config)
     check_shapes(tensors, source.config)
-    return Checkpoint(source, tensors, source.config, [*notes, *more])
+    return Checkpoint(source, tensors, source.config, [*source.notes, *notes, *more])

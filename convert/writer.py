@@ -19,7 +19,9 @@ from mlx_openelm import __version__
 from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.quantization import Quantization, Scheme, quantize
+from mlx_openelm.safetensors import check_float
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import CHAT_TEMPLATE, load_tokenizer
@@ -31,7 +33,6 @@ from .floats import cast, choose_dtype, dtype_name
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
 
-EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
 RECORD = "conversion.json"
 CHAT_FILE = "chat_template.jinja"
 # What belongs to a tokenizer.json
@@ -162,13 +163,12 @@ def check_shapes(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> No
         if name not in tensors:
             raise InputError(f"tensor {name} {list(shape)} is missing")
         found = tensors[name]
+        check_float(found)
         if found.shape != shape:
             raise InputError(
                 f"tensor {found.name} has the shape {list(found.shape)}; the config says "
                 f"{list(shape)}"
             )
-        if "float" not in found.dtype:
-            raise InputError(f"tensor {found.name} is of {found.dtype}, not floating point")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
         raise InputError(f"tensor {tensors[extra[0]].name} is not part of a model of this config")

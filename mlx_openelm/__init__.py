@@ -11,11 +11,6 @@ from typing import TYPE_CHECKING
 IMPORTING = time.perf_counter()
 """When the import of this package began, on the clock of `time.perf_counter`."""
 
-from . import allocator, blas
-
-allocator.load()  # before MLX is loaded
-blas.load()  # the same
-
 try:
     import mlx.core as _mx  # noqa: F401
 except ImportError as error:
@@ -24,10 +19,6 @@ except ImportError as error:
         "'mlx-openelm[cpu]', or [cuda12] or [cuda13]; on a Mac with Apple silicon: "
         f"pip install mlx ({error})"
     ) from error
-
-from . import kernels
-
-kernels.load()
 
 from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache

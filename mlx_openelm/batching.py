@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .cache import KVCache, merge
+from .choosing import Choice, begin, choose
 from .decoding import prefill
 from .errors import InputError
 from .model import OpenELM
 from .options import UNSUPPORTED, Options, fits, given_cache
-from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
+from .sampling import LogitsProcessor, Sampler
 from .stopping import StopStrings
 from .stream import Prompt, TextStream, encode_prompt
+from .token_ids import as_token_ids
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -117,7 +119,10 @@ def batch_generate(
     max_kv_size: None = None,
     stream: None = None,
 ) -> BatchResponse:
-    """Continue many prompts at once; greedy results are those of one prompt at a time.
+    """Continue many prompts at once; results are those of one prompt at a time.
+
+    That holds greedily and with a seed, as far as the dtype computes alike (float32 does): equal
+    prompts then give equal texts. Without a seed all draws are different ones.
 
     Prompts of similar length are taken together, at most `completion_batch_size` of them.
 
@@ -279,9 +284,12 @@ def batch_generate_step(
         keep_logprob: called with the index and the log-probability [] of each token.
 
     Raises:
-        InputError: when a prompt is empty or too long, or `max_tokens` is less than 1.
+        InputError: when a prompt is empty, too long or holds what isn't a token of the model, or
+            `max_tokens` is less than 1.
+        OpenELMError: when the logits aren't finite; says where that began.
     """
-    sampler = sampler or make_sampler()
+    prompts = [as_token_ids(p, model.config.vocab_size, "a prompt") for p in prompts]
+    draw, processors = begin(sampler), tuple(logits_processors or ())
     held = [cache.length if cache else 0 for cache in before or [None] * len(prompts)]
     limits = [
         min(limit, _room(model, prompt.size, past, "a prompt"))
@@ -291,54 +299,55 @@ def batch_generate_step(
         raise InputError(f"max_tokens must be at least 1, not {min(limits)}")
     rows = list(range(len(prompts)))  # which prompt each row of the batch is of
     going = set(rows)
-    seen = list(prompts)
+    seen = list(prompts)  # of each row
+    made: list[list[int]] = [[] for _ in prompts]
 
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array | None]:
-        logits = logits[:, :vocab_size]
-        for process in logits_processors or ():
-            parts = [process(s, logits[i : i + 1]) for i, s in enumerate(seen)]
-            logits = mx.concatenate(parts)
-        if sampler is greedy and not keep_logprob:
-            tokens, logprobs = greedy(logits), None
-        else:
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            tokens = sampler(logprobs)
-        mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        if logprobs is None or not keep_logprob:
-            return tokens, None
-        return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    def chosen(logits: mx.array, first: bool = False) -> Choice:
+        return choose(logits, draw, processors, seen, vocab_size, first)
+
+    def after(tokens: mx.array) -> Choice:
+        nonlocal seen
+        if processors:
+            seen = [mx.concatenate([s, tokens[i : i + 1]]) for i, s in enumerate(seen)]
+        return chosen(model.step(tokens[:, None], cache, last_only=True)[:, 0])
+
+    def text(row: int) -> list[int]:
+        return [*cast("list[int]", prompts[rows[row]].tolist()), *made[rows[row]]]
 
     logits, cache = _read_prompts(prompts, model, before, prefill_step_size)
-    tokens, logprobs = choose(logits)
-    for made in itertools.count(1):
-        following = None
-        if made < max(limits[i] for i in going):
-            if logits_processors:
-                seen = [mx.concatenate([s, tokens[i : i + 1]]) for i, s in enumerate(seen)]
-            following = choose(model(tokens[:, None], cache, last_only=True)[:, 0])
-        elif keep_cache and cache.room() != 0:
-            model(tokens[:, None], cache, last_only=True)  # only for the cache
-        found = cast("list[int]", tokens.tolist())
-        given = [(i, token) for i, token in zip(rows, found, strict=True) if i in going]
-        over = {i for i, token in given if ends(i, token) or made == limits[i]}
+    choice = chosen(logits, first=True)
+    for count in itertools.count(1):
+        more = count < max(limits[i] for i in going)
+        following = after(choice.tokens) if more and model.policy.overlapped else None
+        tokens = choice.wait(model, text, [row for row, i in enumerate(rows) if i in going])
+        if keep_cache and following is None:
+            if more:
+                following = after(choice.tokens)
+            elif cache.room() != 0:
+                model.step(choice.tokens[:, None], cache, last_only=True)  # only for the cache
+        given = [(i, token) for i, token in zip(rows, tokens, strict=True) if i in going]
+        for i, token in given:
+            made[i].append(token)
+        over = {i for i, token in given if ends(i, token) or count == limits[i]}
         for row, i in enumerate(rows):
-            if i in going and keep_logprob and logprobs is not None:
-                keep_logprob(i, logprobs[row])
+            if i in going and keep_logprob:
+                keep_logprob(i, choice.logprobs[row, tokens[row]])
             if i in over and keep_cache:
-                one = cache.sequence(row, min(held[i] + prompts[i].size + made, cache.offset))
-                mx.eval(one.buffers)  # the slices would keep whole buffers
-                keep_cache(i, one)
+                keep_cache(
+                    i, cache.sequence(row, min(held[i] + prompts[i].size + count, cache.offset))
+                )
         going -= over
         yield given
-        if following is None or not going:
+        if not going:
             return
+        choice = following or choice
         if 2 * len(going) <= len(rows):
             kept = [row for row, i in enumerate(rows) if i in going]
             cache.select(kept)
-            left = mx.array(kept)
-            following = following[0][left], None if following[1] is None else following[1][left]
+            choice = Choice(*(array[mx.array(kept)] for array in choice))
             rows, seen = [rows[row] for row in kept], [seen[row] for row in kept]
-        tokens, logprobs = following
+        if following is None:
+            choice = after(choice.tokens)
 
 
 def _read_prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -53,7 +53,8 @@ class KVCache:
 
     Attributes:
         offset: number of positions computed so far, padding included.
-        buffers: one a layer; a step replaces them.
+        addresses: what a backend that writes into the buffers knows of them; None when they are
+            new.
         starts: [B] int32, the position where each sequence begins; None when all begin at 0.
         use: the generation that works on it; None when there is none.
         made_for: the model whose keys and values it holds, or its fingerprint where the cache was
@@ -83,7 +84,8 @@ class KVCache:
         self._paddings = [max(lengths) - n for n in lengths] if lengths else []
         self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
-        self.buffers: list[Buffer] = []
+        self.addresses: Any = None
+        self.buffers = []
         self.use: Use | None = None
         self.made_for: OpenELM | str | None = None
         self._written = 0  # positions that have ever been written; trimming doesn't undo it
@@ -91,11 +93,43 @@ class KVCache:
             self.quantize(bits, group_size, quantized_from)
 
     def __deepcopy__(self, memo: object) -> KVCache:
-        """A copy that goes on by itself. The arrays are shared: a step replaces them."""
+        """A copy that goes on by itself."""
         twin = copy.copy(self)
-        twin.buffers, twin._paddings, twin.use = list(self.buffers), list(self._paddings), None
+        twin.buffers, twin._paddings, twin.use = self._lent(), list(self._paddings), None
         twin.offset = self.length
         return twin
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """One a layer; a step replaces them, or writes into them (`own`)."""
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, buffers: list[Buffer]) -> None:
+        self._buffers, self._own, self.addresses = buffers, False, None
+
+    def _set_own(self, buffers: list[Buffer]) -> None:
+        """Set buffers whose arrays nobody else has."""
+        self.buffers, self._own = buffers, True
+
+    def own(self) -> None:
+        """Make sure that nobody else has the arrays of the buffers: they will be written in place.
+
+        What this cache has made itself is its own; anything else is copied.
+        """
+        if not self._own:
+            self._set_own([_copies(buffer) for buffer in self.buffers])
+
+    def _lent(self, *index: slice) -> list[Buffer]:
+        """The buffers, or a part of them, as arrays that the next steps don't change."""
+        parts = self._parts(*index)
+        if self._own:
+            parts = [_copies(part) for part in parts]
+            mx.eval(parts)
+        return parts
+
+    def _parts(self, *index: slice) -> list[Buffer]:
+        return [tuple(array[index] for array in buffer) for buffer in self.buffers]
 
     @property
     def length(self) -> int:
@@ -214,20 +248,27 @@ class KVCache:
             for heads in self.config.num_kv_heads
         ]
         if self.buffers:
-            self.buffers = [
+            empty = [
                 tuple(
                     mx.concatenate([old, more], axis=2)
                     for old, more in zip(buffer, new, strict=True)
                 )
                 for buffer, new in zip(self.buffers, empty, strict=True)
             ]
-        else:
-            self.buffers = empty
+        self._set_own(empty)
 
     def select(self, rows: list[int]) -> None:
-        """Keep only these sequences."""
+        """Keep only these sequences, by their index, in this order.
+
+        Raises:
+            InputError: when there is no such sequence.
+        """
+        batch = self.batch or 0
+        for row in rows:
+            if not 0 <= row < batch:
+                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
         kept = mx.array(rows)
-        self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
+        self._set_own([tuple(array[kept] for array in buffer) for buffer in self.buffers])
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
 
@@ -255,7 +296,8 @@ class KVCache:
     def _quantize_now(self) -> None:
         assert self._scheme_to_come is not None
         scheme = self._scheme_to_come[0]
-        self.buffers, self.scheme = [store(buffer[0], scheme) for buffer in self.buffers], scheme
+        self._set_own([store(buffer[0], scheme) for buffer in self.buffers])
+        self.scheme = scheme
         self._scheme_to_come = None
 
     @property
@@ -269,8 +311,8 @@ class KVCache:
         """The first `length` positions of all buffers, by name; of a ring, all slots in use."""
         slots = length if self.ring is None else min(self._written, self.ring)
         return {
-            f"layers.{i}.{part}": array[:, :, :slots]
-            for i, buffer in enumerate(self.buffers)
+            f"layers.{i}.{part}": array
+            for i, buffer in enumerate(self._lent(slice(None), slice(None), slice(slots)))
             for part, array in enumerate(buffer)
             if slots
         }
@@ -353,10 +395,9 @@ class KVCache:
         first = self._paddings[row] if self._paddings else 0
         one = KVCache(self.config, self.max_size, self.dtype)
         one.scheme, one.made_for = self.scheme, self.made_for
-        one.buffers = [
-            tuple(array[row : row + 1, :, first : first + length] for array in buffer)
-            for buffer in self.buffers
-        ]
+        part = self._parts(slice(row, row + 1), slice(None), slice(first, first + length))
+        one._set_own([_copies(buffer) for buffer in part])  # a part keeps all of it in memory
+        mx.eval(one.buffers)
         one.offset = one._written = length
         return one
 
@@ -386,10 +427,15 @@ def merge(caches: Sequence[KVCache]) -> KVCache:
             mx.concatenate([padded(a, n) for a, n in zip(arrays, lengths, strict=True)])
             for arrays in zip(*buffers, strict=True)
         )
-        for buffers in zip(*(cache.buffers for cache in caches), strict=True)
+        for buffers in zip(*(cache._lent() for cache in caches), strict=True)
     ]
     merged.offset = merged._written = longest
     return merged
+
+
+def _copies(arrays: Buffer) -> Buffer:
+    """The same values in memory of their own."""
+    return tuple(mx.contiguous(array * mx.array(1, array.dtype)) for array in arrays)
 
 
 def _slot(position: int, ring: int) -> int:

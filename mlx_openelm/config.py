@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json, read_yaml, user_path
+from .files import brief, read_json, read_yaml, user_path
 
 ACTIVATIONS = ("swish", "silu")
 
@@ -79,7 +79,7 @@ class OpenELMConfig:
             _check_integer(name, getattr(self, name), allowed)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise _bad(name, f"must be true or false, not {getattr(self, name)!r}")
+                raise _bad(name, f"must be true or false, not {brief(getattr(self, name))}")
         for name in ("rms_norm_eps", "rope_freq_constant"):
             _check_positive(name, getattr(self, name))
         for name in _PER_LAYER:
@@ -100,7 +100,9 @@ class OpenELMConfig:
             raise _bad("head_dim", f"must be even for rotary embeddings, not {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
             known = " or ".join(ACTIVATIONS)
-            raise _bad("activation_fn_name", f"must be {known}, not {self.activation_fn_name!r}")
+            raise _bad(
+                "activation_fn_name", f"must be {known}, not {brief(self.activation_fn_name)}"
+            )
 
     @property
     def ffn_dims(self) -> tuple[int, ...]:
@@ -169,7 +171,7 @@ class OpenELMConfig:
         """
         key = name.removeprefix("apple/").removesuffix("-Instruct").replace("1.1B", "1_1B")
         if key not in PUBLISHED:
-            raise _bad("model_name", f"{name!r} is unknown; known are {', '.join(PUBLISHED)}")
+            raise _bad("model_name", f"{brief(name)} is unknown; known are {', '.join(PUBLISHED)}")
         return cls.scaled(vocab_size=vocab_size, **PUBLISHED[key], **constants)
 
     @classmethod
@@ -185,10 +187,14 @@ class OpenELMConfig:
             if "model_name" in values and "model_dim" not in values:
                 return _from_published(values)
             if values.get("model_type", "openelm") != "openelm":
-                raise _bad("model_type", f"is {values['model_type']!r}; only 'openelm' is known")
+                raise _bad(
+                    "model_type", f"is {brief(values['model_type'])}; only 'openelm' is known"
+                )
             if values.get("normalization_layer_name", "rms_norm") != "rms_norm":
                 found = values["normalization_layer_name"]
-                raise _bad("normalization_layer_name", f"is {found!r}; only 'rms_norm' is known")
+                raise _bad(
+                    "normalization_layer_name", f"is {brief(found)}; only 'rms_norm' is known"
+                )
             known = {f.name for f in fields(cls)}
             given = {k: v for k, v in values.items() if k in known and v is not None}
             required = [f.name for f in fields(cls) if f.default is MISSING]
@@ -283,18 +289,20 @@ def _bad(field: str, reason: str) -> InputError:
 
 def _check_integer(field: str, value: object, allowed: range = _COUNT) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
-        raise _bad(field, f"must be an integer from {allowed[0]} to {allowed[-1]}, not {value!r}")
+        raise _bad(
+            field, f"must be an integer from {allowed[0]} to {allowed[-1]}, not {brief(value)}"
+        )
 
 
 def _check_positive(field: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise _bad(field, f"must be a positive number below 2**31, not {value!r}")
+        raise _bad(field, f"must be a positive number below 2**31, not {brief(value)}")
 
 
 def _check_list(field: str, values: object) -> tuple[Any, ...]:
     """The values as a tuple, each a positive number."""
     if not isinstance(values, (list, tuple)):
-        raise _bad(field, f"must be a list with one number per layer, not {values!r}")
+        raise _bad(field, f"must be a list with one number per layer, not {brief(values)}")
     for i, value in enumerate(values):
         _check_positive(f"{field}[{i}]", value)
     return tuple(values)

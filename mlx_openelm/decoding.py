@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Sequence
-from operator import index
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 
 from .cache import KVCache, Use
+from .choosing import Choice, begin, choose
 from .errors import InputError
 from .model import OpenELM
 from .options import Options, Progress
-from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
-
-if TYPE_CHECKING:
-    pass
+from .sampling import LogitsProcessor, Sampler
+from .token_ids import as_prompt
 
 
 def prefill(
@@ -27,6 +25,8 @@ def prefill(
     progress: Progress | None = None,
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
+
+    The ids aren't checked (`token_ids` does that).
 
     `progress` is called with (tokens done, tokens in all) before the first and between the chunks.
 
@@ -47,7 +47,7 @@ def prefill(
         progress(0, total)
     while True:
         count = cache.longest_step(min(step_size, total - done))
-        logits = model(rows[:, done : done + count], cache, last_only=True)
+        logits = model.step(rows[:, done : done + count], cache, last_only=True)
         done += count
         if done == total:
             return logits[:, 0]
@@ -77,8 +77,9 @@ def generate_step(
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Token ids that continue `prompt` [L], each with its log-probabilities [vocab_size].
 
-    The next step is built while the device works on the current one, but for the first token, which
-    is given out as soon as it is there.
+    Where the device computes a step while the next one is built (`Policy.overlapped`), that is made
+    use of, but for the first token, which is given out as soon as it is there. With a
+    `prompt_cache` a token is in the cache when it is given out.
 
     Args:
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
@@ -88,8 +89,10 @@ def generate_step(
             `Options`.
 
     Raises:
-        InputError: at the call, when the prompt is empty, or an argument is out of its range; with
-            the first token, when the prompt doesn't fit into the context.
+        InputError: at the call, when the prompt is empty or holds what isn't a token of the model,
+            or an argument is out of its range; with the first token, when the prompt doesn't fit
+            into the context.
+        OpenELMError: when the logits aren't finite; says where that began.
     """
     options = Options(
         max_tokens=max_tokens,
@@ -105,7 +108,7 @@ def generate_step(
         input_embeddings=input_embeddings,
         stream=stream,
     )
-    ids = mx.array(token_ids(prompt, model.config.vocab_size), mx.int32)
+    ids = as_prompt(prompt, model.config.vocab_size)
     return plain_steps(ids, model, options, options.cache(model), vocab_size=vocab_size)
 
 
@@ -125,26 +128,24 @@ def plain_steps(
         use: of the cache; by default a new one.
         cached_tokens: what the cache holds of the text, for the processors to see.
     """
-    sampler = options.sampler or make_sampler()
+    draw = begin(options.sampler)
     processors = tuple(options.logits_processors or ())
     progress = options.prompt_progress_callback
     seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
+    made: list[int] = []
     use = use or cache.begin_use(appends=options.prompt_cache is not None)
 
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        logits = logits[:, :vocab_size]
-        for process in processors:
-            logits = process(seen, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = greedy(logits) if sampler is greedy else sampler(logprobs)
-        mx.async_eval(token)  # type: ignore[no-untyped-call]
-        return token, logprobs[0]
+    def chosen(logits: mx.array, first: bool = False) -> Choice:
+        return choose(logits, draw, processors, [seen], vocab_size, first)
 
-    def after(token: mx.array) -> tuple[mx.array, mx.array]:
+    def after(token: mx.array) -> Choice:
         nonlocal seen
         if processors:
             seen = mx.concatenate([seen, token])
-        return choose(model(token[None], cache, last_only=True)[:, 0])
+        return chosen(model.step(token[None], cache, last_only=True)[:, 0])
+
+    def text(_: int) -> list[int]:
+        return [*cached_tokens, *cast("list[int]", prompt.tolist()), *made]
 
     try:
         end = cache.offset + prompt.size
@@ -153,27 +154,30 @@ def plain_steps(
         if limit == 0:
             mx.eval(cache.buffers)
         else:
-            token, logprobs = choose(logits)
+            choice = chosen(logits, first=True)
         if progress:
-            mx.eval(cache.buffers if limit == 0 else token)
+            mx.eval(cache.buffers if limit == 0 else choice.tokens)
             progress(prompt.size, prompt.size)
         use.text = end
         if limit == 0:
             return
         for count in itertools.count(1):
             following = None
-            if count != limit and (count > 1 or use.appends):
-                following = after(token)
-            elif use.appends and cache.room() != 0:
-                model(token[None], cache, last_only=True)  # only for the cache
-            given = cast(int, token.item())
+            if model.policy.overlapped and count != limit and (count > 1 or use.appends):
+                following = after(choice.tokens)
+            made += choice.wait(model, text)
+            if use.appends and following is None:
+                if count != limit:
+                    following = after(choice.tokens)
+                elif cache.room() != 0:
+                    model.step(choice.tokens[None], cache, last_only=True)  # only for the cache
             use.text = end + count
-            yield given, logprobs
+            yield made[-1], choice.logprobs[0]
             if count == limit:
                 return
             cache.still_in(use)
             # Somebody waits for the first token, and the step after it may have to be traced.
-            token, logprobs = following or after(token)
+            choice = following or after(choice.tokens)
     finally:
         if cache.use is use:
             cache.settle()
@@ -186,22 +190,3 @@ def token_limit(cache: KVCache, prompt_tokens: int, max_tokens: int) -> int | No
     if room is not None:
         limits.append(max(room - prompt_tokens, 0) + 1)  # the last token needs no room
     return min(limits, default=None)
-
-
-def token_ids(ids: Sequence[int] | mx.array, vocab_size: int) -> list[int]:
-    """Token ids of a list, or of an array [L] of MLX, NumPy or PyTorch.
-
-    Raises:
-        InputError: when there are none, or one isn't an id of the model.
-    """
-    values = ids.tolist() if hasattr(ids, "tolist") else ids
-    try:
-        found = [index(i) for i in cast("Sequence[int]", values)]
-    except TypeError:
-        raise InputError("a prompt must be text, or a sequence of token ids") from None
-    if not found:
-        raise InputError("the prompt is empty")
-    strange = [i for i in found if not 0 <= i < vocab_size]
-    if strange:
-        raise InputError(f"token id {strange[0]} is not below the model's {vocab_size}")
-    return found

@@ -222,6 +222,12 @@ def shown(text: object) -> str:
     return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
+def brief(value: object) -> str:
+    """A stranger's value (a number, a list), fit for one line of an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
 def _check(path: Path, status: os.stat_result, limit: int | None) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: not a regular file")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import InputError, OpenELMError
+from .weight_files import find_weights
 
 DEMO = Path(__file__).parent / "demo"
 BUNDLED = {"demo": DEMO / "demo", "demo-draft": DEMO / "demo-draft"}
@@ -38,9 +39,13 @@ def resolve_source(path_or_hf_repo: str | Path, revision: str | None = None) -> 
     if found:
         return found
     directory = _download(str(path_or_hf_repo), MODEL_FILES, revision)
-    if any(directory.glob("*.safetensors")):
+    if any(directory.glob("adapter*.safetensors")):
         return directory
-    return _download(str(path_or_hf_repo), PICKLED_FILES, revision)
+    try:
+        find_weights(directory)
+        return directory
+    except InputError:
+        return _download(str(path_or_hf_repo), PICKLED_FILES, revision)
 
 
 def resolve_tokenizer(path_or_hf_repo: str | Path) -> Path:

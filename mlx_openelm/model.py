@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from functools import cached_property
 
 import mlx.core as mx
 
 from . import device, network
+from .backends import cpu
 from .buffers import Buffer, view
 from .cache import KVCache
 from .config import OpenELMConfig
+from .errors import OpenELMError
 from .quantization import Quantization, Scheme
+from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
 
 # Lengths that a compiled step is made for; in between, tokens are padded. Of short ones there are
@@ -35,7 +39,7 @@ class OpenELM:
         policy: how to compute (default: what suits the device).
 
     Raises:
-        InputError: when a tensor is missing, too many, or of the wrong shape; names it.
+        InputError: when a tensor is missing, too many, or of the wrong shape or dtype; names it.
     """
 
     def __init__(
@@ -46,16 +50,18 @@ class OpenELM:
         dtype: mx.Dtype = mx.float32,
         policy: device.Policy | None = None,
     ) -> None:
+        self._process = os.getpid()
         self.config = config
         self.quantization = quantization
         self.dtype = dtype
         self.policy = policy or device.policy()
         if arrays is None:
             arrays = random_arrays(config)
-        self.weights = make_weights(config, arrays, quantization, dtype)
-        self._formulation = _formulation(self.policy, dtype)
-        if quantization is not None and self.policy.dequantize(config):
-            self.weights = dequantize(self.weights, dtype, self._formulation.multiplies)
+        self._native = native = self.policy.native and dtype == mx.float32
+        self.weights = make_weights(config, arrays, quantization, dtype, as_stored=native)
+        if quantization is not None and (native or self.policy.dequantize(config)):
+            multiplies = cpu.can_multiply if native else network.multiplies
+            self.weights = dequantize(self.weights, dtype, multiplies)
         self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
@@ -66,7 +72,7 @@ class OpenELM:
         cache: KVCache | Sequence[KVCache] | None = None,
         last_only: bool = False,
     ) -> mx.array:
-        """Logits of the tokens that follow.
+        """Logits of the tokens that follow. Waits for `tokens`, to check them.
 
         Args:
             tokens: [B, L] integers.
@@ -78,13 +84,34 @@ class OpenELM:
             [B, L, vocab_size], or [B, 1, vocab_size], in `dtype`.
 
         Raises:
-            InputError: when the tokens don't fit into the model's context.
+            InputError: when `tokens` aren't ids of the model's vocabulary, or don't fit into its
+                context.
         """
+        check_tokens(tokens, self.config.vocab_size)
+        return self.step(tokens, cache, last_only)
+
+    def step(
+        self,
+        tokens: mx.array,
+        cache: KVCache | Sequence[KVCache] | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
+        if os.getpid() != self._process:
+            raise OpenELMError(
+                "the model was loaded in the process that this one was forked from, and MLX's "
+                "threads don't exist here: load it in this process, or start processes with spawn"
+            )
         if cache is None:
             cache = self.make_cache()
         elif not isinstance(cache, KVCache):
             (cache,) = cache
         batch, length = tokens.shape
+        if self._native:
+            cache.reserve(batch, length)
+            logits = self._network(tokens, cache, last_only)
+            cache.offset += length
+            return logits
         # What pads a step is overwritten by the next one; a ring would lose old tokens to it.
         padded = length
         # A context that slides takes steps of many lengths, which would each be traced.
@@ -110,11 +137,21 @@ class OpenELM:
         cache.offset += length
         return logits if last_only or padded == length else logits[:, :length]
 
+    def prepare(self) -> None:
+        """Read the weights now, and not in the first step."""
+        mx.eval(self.parameters())
+        if self._native:
+            self._network  # noqa: B018
+
+    @cached_property
+    def _network(self) -> cpu.Network:
+        return cpu.Network(self.config, self.weights)
+
     def _step(self, scheme: Scheme | None, last_only: bool, compiled: bool) -> Callable[..., _Out]:
         key = (scheme, last_only, compiled)
         if key in self._steps:
             return self._steps[key]
-        run: network.Step = self._formulation.make_step(self.config, self.weights, scheme)
+        run: network.Step = network.make_step(self.config, self.weights, scheme)
 
         def step(
             tokens: mx.array,
@@ -174,14 +211,6 @@ class OpenELM:
     def nbytes(self) -> int:
         """Bytes of all weights, as held in memory."""
         return sum(array.nbytes for array in self.parameters().values())
-
-
-def _formulation(policy: device.Policy, dtype: mx.Dtype) -> ModuleType:
-    if not policy.native or dtype != mx.float32:
-        return network
-    from . import native  # fails where its kernels are missing
-
-    return native
 
 
 _Out = tuple[mx.array, list[Buffer]]

@@ -4,8 +4,8 @@ OpenELM (arXiv 2404.14619, section 2), as published in CoreNet's `general_gpt.py
 decoder layers, each with its own number of heads and its own FFN width; RMSNorm on queries and
 keys, rotary positions, grouped-query attention, a gated FFN, tied embeddings.
 
-It is written with MLX's fast kernels here. `native` writes the same step with kernels of this
-package, for CPUs, where MLX has none.
+It is written with MLX's fast kernels. On a CPU, where MLX has none, `backends.cpu` computes the
+same step.
 """
 
 from __future__ import annotations

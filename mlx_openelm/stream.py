@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .cache import KVCache
-from .decoding import plain_steps, token_ids, token_limit
+from .decoding import plain_steps, token_limit
 from .errors import InputError
 from .model import OpenELM
 from .options import Keywords, Options
 from .prompt_cache import PromptCache
 from .stopping import StopStrings
+from .token_ids import as_prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,14 +97,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.a
     """Token ids [L], int32, of text or of ids.
 
     Raises:
-        InputError: when there is no text, or an id that the model doesn't have.
+        InputError: when there is no text, or what isn't a token of the model.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt is empty")
         bos = tokenizer.bos_token
         prompt = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
-    return mx.array(token_ids(prompt, vocab_size), mx.int32)
+    return as_prompt(prompt, vocab_size)
 
 
 class TextStream:

@@ -38,11 +38,11 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
 from mlx_openelm.convert.commands.checkpoint import open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.convert.sources.peft import is_peft, open_peft
 from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import map_names
 from mlx_openelm.quantization import Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
 from tests.checkpoints import EDITS, FIXTURES, Member, mutated, raw, safetensors, unzipped, zipped

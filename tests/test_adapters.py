@@ -14,10 +14,10 @@ import pytest
 
 from mlx_openelm.checkpoint import load_model, read_arrays
 from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.convert.sources.peft import open_peft
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import map_names
 
 from .conftest import Run
 from .models import CONFIGS

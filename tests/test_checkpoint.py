@@ -125,14 +125,8 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == model.nbytes
     (tmp_path / shards[1]).unlink()
-    with pytest.raises(InputError, match=f"{shards[1]}: missing"):
+    with pytest.raises(InputError, match=f"'{shards[1]}' is missing"):
         load_model(tmp_path)
-
-
-def test_a_tensor_in_two_files_is_refused(copy: Path) -> None:
-    shutil.copy(copy / "model.safetensors", copy / "other.safetensors")
-    with pytest.raises(InputError, match="is in model.safetensors too"):
-        load_model(copy)
 
 
 def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
@@ -164,7 +158,7 @@ def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
         ),
         (
             lambda d: edit_weights(d, lambda w: w.update(more=mx.ones(7))),
-            r"model.safetensors: tensor more is not part of the model",
+            r"model.safetensors: unknown tensors: 'more'",
         ),
         (
             lambda d: edit_config(d, quantization={"group_size": 64, "bits": 7}),

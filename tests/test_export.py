@@ -17,10 +17,10 @@ import pytest
 from mlx_openelm import OpenELM, OpenELMConfig, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
 from mlx_openelm.convert.export import export
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
+from mlx_openelm.names import map_names
 from mlx_openelm.tokenizer import Tokenizer
 
 from .conftest import Run

@@ -186,7 +186,9 @@ def test_a_directory_is_uploaded_with_a_model_card(
 ) -> None:
     directory = tmp_path / "made"
     assert run("mlx_openelm.convert", DEMO, "-o", directory, "-q").returncode == 0
-    (directory / "notes.txt").write_text("mine alone")
+    private = {"notes.txt", "cache.safetensors", "model.safetensors.index.json"}
+    for name in private:
+        (directory / name).write_text("mine alone")
     arguments = ("upload", directory, "someone/new", "--base-model", "someone/tales")
     refused = run("mlx_openelm.convert", *arguments, **hub, HF_TOKEN="hf_other")
     assert refused.returncode == 2
@@ -197,7 +199,7 @@ def test_a_directory_is_uploaded_with_a_model_card(
     card = Hub.uploaded.pop("README.md").decode()
     assert "base_model: someone/tales\n" in card
     assert "quantized to 4 bits (affine, groups of 64)" in card
-    assert Hub.uploaded.keys() == {f.name for f in directory.iterdir()} - {"notes.txt"}
+    assert Hub.uploaded.keys() == {f.name for f in directory.iterdir()} - private
     for name, content in Hub.uploaded.items():
         assert content == (directory / name).read_bytes()
 

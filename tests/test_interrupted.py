@@ -19,9 +19,15 @@ from mlx_openelm.models.cache import make_prompt_cache
 from mlx_openelm.speculative import speculative_generate_step
 
 from .models import CONFIGS, random_model
+from .test_model import POLICIES
 from .test_speculative import Always
 
-MODEL = random_model(CONFIGS["uneven"])
+MODELS = {
+    name: random_model(CONFIGS["uneven"], policy)
+    for name, policy in POLICIES.items()
+    if not policy.compiled or policy.native
+}
+MODEL = next(iter(MODELS.values()))
 DRAFT = random_model(CONFIGS["uneven"], seed=1)
 PACKAGE = str(Path(mlx_openelm.__file__).parent)
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6, 8, 9, 5, 6]
@@ -32,6 +38,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "drafted": {"draft_model": DRAFT, "pace": Always(3)},
     "lookup": {"prompt_lookup": True, "pace": Always(3)},
 }
+
+
+@pytest.fixture(autouse=True, params=MODELS)
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is of a model whose steps overlap with building the next, and of one in C."""
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", MODELS[request.param])
 
 
 class Stop(BaseException):

@@ -76,9 +76,9 @@ def test_shards_of_pytorch_are_joined(tmp_path: Path) -> None:
 
 def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
     """As huggingface_hub lays out its downloads."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
     blobs.mkdir()
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     write_shards(blobs, abc={"a": 1})
     (snapshot / "model.safetensors").symlink_to(blobs / "abc.safetensors")
     assert read(snapshot) == {"a": [1]}
@@ -149,7 +149,7 @@ def test_a_pickled_list_is_no_state_dict(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no weights in it"):
+    with pytest.raises(InputError, match="no model.safetensors in it"):
         open_source(tmp_path)
     with pytest.raises(InputError, match="No such file"):
         open_source(tmp_path / "nothing")

@@ -11,11 +11,11 @@ from mlx_openelm.command import tell
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve_source
+from mlx_openelm.names import HEAD, map_names, with_embeddings
 
 from ..adapters import EMBEDDINGS, Scale, alpha_over_rank, corenet_scale, merge, split
 from ..checkpoint import Checkpoint
 from ..geometry import infer_config
-from ..names import map_names
 from ..sources import Source, open_source
 from ..sources.peft import PeftAdapter, is_peft, open_peft
 
@@ -63,6 +63,7 @@ def open_checkpoint(
     source = open_source(path, ema=args.ema)
     plain, adapters = split(source.tensors)
     tensors, notes = map_names(plain)
+    notes = [*source.notes, *notes]
     if not adapters and (args.base is not None or args.lora_alpha is not None):
         raise InputError(f"{path}: has no adapter; --base and --lora-alpha are for those")
     if adapters and EMBEDDINGS not in tensors:
@@ -73,7 +74,11 @@ def open_checkpoint(
         source = replace(source, tokenizer=base.source.tokenizer)
     else:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        stored = [tensors[name].name for name in (EMBEDDINGS, HEAD) if name in tensors]
+        if len(stored) > len(set(stored)):  # one tensor by two names: tied
+            del shapes[HEAD]
         config, more = _config(args.config, source, shapes, known)
+        tensors = with_embeddings(tensors, config.share_input_output_layers)
         notes = [*more, *notes]
     if adapters:
         scale, why = _corenet_scale(args)

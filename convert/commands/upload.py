@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import find_in
 from mlx_openelm.hub import MODEL_FILES, upload
+from mlx_openelm.weight_files import find_weights
 
 from ..card import model_card
 
@@ -47,11 +52,21 @@ def upload_directory(
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory")
     load_model(directory, lazy=True)
-    files: dict[str, Path | bytes] = {
-        path.name: path
-        for pattern in (*MODEL_FILES, CARD)
-        for path in sorted(directory.glob(pattern))
-    }
+    files: dict[str, Path | bytes] = dict(_files(directory))
     if CARD not in files:
         files[CARD] = model_card(directory, repo, base_model, license).encode()
     return upload(repo, files, private)
+
+
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """What belongs to the model, by name: its weights, and what is beside them."""
+    weights = find_weights(directory)
+    for path in weights.files:
+        yield path.name, path
+    for name in sorted(os.listdir(directory)):
+        stale = name.endswith(".safetensors.index.json") and (
+            weights.index is None or name != weights.index.name
+        )
+        wanted = any(fnmatchcase(name, pattern) for pattern in (*MODEL_FILES, CARD))
+        if wanted and not stale and not name.endswith(".safetensors"):
+            yield name, find_in(directory, name) or directory / name

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.names import LAYOUTS
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
 
 from ..atomic import new_file
 from ..checkpoint import Checkpoint
 from ..floats import cast
-from ..names import LAYOUTS
 from ..published import published_name
 from ..sources.lazy import DTYPES
 

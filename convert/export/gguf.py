@@ -23,7 +23,7 @@ from ..atomic import new_file
 from ..checkpoint import Checkpoint
 from ..floats import DTYPES, cast
 from ..sources import LazyTensor
-from ..sources.huggingface import open_weights
+from ..sources.huggingface import open_parts
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -183,7 +183,7 @@ def _packed(model: Checkpoint) -> dict[str, tuple[LazyTensor, LazyTensor, LazyTe
             f"{path}: isn't quantized; q4_1 is for models of 4 bits (openelm-convert -q), others "
             "can be q8_0"
         )
-    stored = open_weights(path)
+    stored = open_parts(path, model.config.share_input_output_layers)
     found = {}
     for name in stored:
         if not name.endswith(".scales"):
