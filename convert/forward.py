@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_openelm.backends import cpu
-from mlx_openelm.cache import view
+from mlx_openelm.buffers import view
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.network import attention, feed_forward
 from mlx_openelm.quantization import Matrix

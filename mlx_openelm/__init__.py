@@ -6,6 +6,7 @@ print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 """
 
 import time
+from typing import TYPE_CHECKING
 
 IMPORTING = time.perf_counter()
 """When the import of this package began, on the clock of `time.perf_counter`."""
@@ -20,12 +21,18 @@ from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache
 from .checkpoint import load
 from .config import OpenELMConfig
-from .decoding import GenerationResponse
+from .decoding import generate_step
 from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
 from .model import OpenELM
 from .prompt_cache import PromptCache
 from .sampling import make_logits_processors, make_sampler
+from .stream import GenerationResponse
+
+if TYPE_CHECKING:
+    from .convert import convert
+else:
+    from . import convert  # the package, which can be called
 
 __version__ = "0.1.0"
 
@@ -40,7 +47,9 @@ __all__ = [
     "OpenELMError",
     "PromptCache",
     "batch_generate",
+    "convert",
     "generate",
+    "generate_step",
     "load",
     "make_logits_processors",
     "make_sampler",

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, kv_scheme, store
 from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
 
+if TYPE_CHECKING:
+    from .model import OpenELM
+
 FIRST_CAPACITY = 64  # positions; doubled whenever they are used up
-KEPT_TOKENS = 4  # of the beginning, when the context slides (attention sinks, arXiv 2309.17453)
-SLIDING_STEP = 64  # tokens that one step may add to a context that slides
-KV_BITS = (4, 8)
-KV_GROUPS = (64, 32)  # the first that divides head_dim
-
-Buffer = tuple[mx.array, ...]
-"""One layer's keys and values, [B, 2 × kv_heads, capacity, head_dim], the keys first. Quantized:
-values, scales and biases of that, as `mx.quantize` gives them."""
 
 
-class View(NamedTuple):
-    """What one step sees of the cache; the same for all layers."""
+@dataclass(eq=False)
+class Use:
+    """One generation's use of a cache.
 
-    positions: mx.array  # [B or 1, L] int32, for RoPE
-    slot: mx.array  # [1] int32: where in the buffers the step's keys and values begin
-    mask: mx.array  # [B or 1, L, capacity] bool: which slots each token attends to
+    Attributes:
+        text: positions of the cache that are part of the text so far. Those beyond were computed
+            ahead: for a token that nobody has been given yet, or for drafted tokens.
+        appends: whether the cache has to hold every token that was given out, because nothing else
+            knows them (a `PromptCache` does).
+    """
+
+    text: int
+    appends: bool = True
 
 
 class KVCache:
@@ -36,15 +41,24 @@ class KVCache:
     The buffers double when they are full, so that a token costs a write in place and no copy.
     With `max_size` the context slides: a token attends to the first `KEPT_TOKENS` positions and
     to the latest `max_size - KEPT_TOKENS`, itself included, however its prompt is cut into
-    chunks; the buffers become rings. With `bits` they are quantized.
+    chunks; the buffers become rings. A `max_size` above the model's context counts as the context.
+    With `bits` the buffers are quantized: in groups of `group_size` (default: the larger of 64 and
+    32 that divides head_dim), and not before `quantized_from` positions are there.
+
+    A generation computes ahead of the text that it has given out. `use` says how far the text
+    goes, so that a generation that was interrupted at any point leaves a usable cache.
 
     Sequences of different lengths share a cache when the shorter ones are padded in front to the
     length of the longest; `lengths` says how long each is without.
 
     Attributes:
-        offset: number of positions seen so far, padding included.
-        buffers: one a layer; a step replaces them.
+        offset: number of positions computed so far, padding included.
+        addresses: what a backend that writes into the buffers knows of them; None when they are
+            new.
         starts: [B] int32, the position where each sequence begins; None when all begin at 0.
+        use: the generation that works on it; None when there is none.
+        made_for: the model whose keys and values it holds, or its fingerprint where the cache was
+            read from a file; None when unknown.
     """
 
     def __init__(
@@ -54,23 +68,108 @@ class KVCache:
         dtype: mx.Dtype = mx.float32,
         bits: int | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        group_size: int | None = None,
+        quantized_from: int = 0,
     ) -> None:
-        if max_size is not None and not KEPT_TOKENS < max_size <= config.max_context_length:
-            raise InputError(
-                f"max_kv_size must be more than {KEPT_TOKENS} and at most the model's context of "
-                f"{config.max_context_length} tokens, not {max_size}"
-            )
+        if max_size is not None and max_size <= KEPT_TOKENS:
+            raise InputError(f"max_kv_size must be more than {KEPT_TOKENS}, not {max_size}")
         if max_size is not None and lengths is not None:
             raise InputError("a context that slides (max_kv_size) holds sequences of one length")
         self.config = config
-        self.max_size = max_size
+        self.max_size = None if max_size is None else min(max_size, config.max_context_length)
         self.dtype = dtype
-        self.scheme = None if bits is None else _scheme(bits, config.head_dim)
+        self.scheme: Scheme | None = None
+        self._scheme_to_come: tuple[Scheme, int] | None = None
         self._paddings = [max(lengths) - n for n in lengths] if lengths else []
         self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
-        self.buffers: list[Buffer] = []
-        self.addresses: tuple[list[Buffer], Any] | None = None  # `backends.cpu`'s, of the buffers
+        self.addresses: Any = None
+        self.buffers = []
+        self.use: Use | None = None
+        self.made_for: OpenELM | str | None = None
+        self._written = 0  # positions that have ever been written; trimming doesn't undo it
+        if bits is not None:
+            self.quantize(bits, group_size, quantized_from)
+
+    def __deepcopy__(self, memo: object) -> KVCache:
+        """A copy that goes on by itself."""
+        twin = copy.copy(self)
+        twin.buffers, twin._paddings, twin.use = self._lent(), list(self._paddings), None
+        twin.offset = self.length
+        return twin
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """One a layer; a step replaces them, or writes into them (`own`)."""
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, buffers: list[Buffer]) -> None:
+        self._buffers, self._own, self.addresses = buffers, False, None
+
+    def _set_own(self, buffers: list[Buffer]) -> None:
+        """Set buffers whose arrays nobody else has."""
+        self.buffers, self._own = buffers, True
+
+    def own(self) -> None:
+        """Make sure that nobody else has the arrays of the buffers: they will be written in place.
+
+        What this cache has made itself is its own; anything else is copied.
+        """
+        if not self._own:
+            self._set_own([_copies(buffer) for buffer in self.buffers])
+
+    def _lent(self, *index: slice) -> list[Buffer]:
+        """The buffers, or a part of them, as arrays that the next steps don't change."""
+        parts = self._parts(*index)
+        if self._own:
+            parts = [_copies(part) for part in parts]
+            mx.eval(parts)
+        return parts
+
+    def _parts(self, *index: slice) -> list[Buffer]:
+        return [tuple(array[index] for array in buffer) for buffer in self.buffers]
+
+    @property
+    def length(self) -> int:
+        """Positions of the text: `offset` without what a generation has computed ahead."""
+        return self.offset if self.use is None else min(self.offset, self.use.text)
+
+    def begin_use(self, *, new_text: int = 0, appends: bool = True) -> Use:
+        """Begin a generation, which may end at any point; the one before is over.
+
+        Args:
+            new_text: how many of the tokens to come are part of the text before the first token
+                has been given out.
+            appends: see `Use`.
+        """
+        self.settle()
+        self.use = Use(self.offset + new_text, appends)
+        return self.use
+
+    def still_in(self, use: Use) -> None:
+        """Check that no other generation has begun with this cache.
+
+        Raises:
+            InputError: when one has.
+        """
+        if self.use is not use:
+            raise InputError(
+                "the prompt cache was used for another text before this generation was over; "
+                "give each of them a cache of its own"
+            )
+
+    def settle(self) -> None:
+        """Forget what a generation has computed ahead of the text, and end its use.
+
+        In a context that slides, no more than `SLIDING_STEP` positions can be forgotten: a prompt
+        that was interrupted later than that stays as far as it got.
+        """
+        beyond = self.offset - self.length
+        if self.can_trim(beyond):
+            self.offset -= beyond
+        self.use = None
 
     @property
     def batch(self) -> int | None:
@@ -115,6 +214,8 @@ class KVCache:
             InputError: when the context is full, when the step is longer than `longest_step`
                 allows, or the batch size isn't the cache's.
         """
+        if self._scheme_to_come and self.offset >= self._scheme_to_come[1]:
+            self._quantize_now()
         if self.batch not in (None, batch):
             raise InputError(f"the cache holds {self.batch} sequences, the tokens are of {batch}")
         room = self.room()
@@ -129,6 +230,7 @@ class KVCache:
                 f"; at most {self.longest_step(length)} now"
             )
         wanted = self.offset + (padded or length)
+        self._written = max(self._written, self.offset + length)
         if min(wanted, self.ring or wanted) > self.capacity:
             capacity = max(FIRST_CAPACITY, self.capacity)
             while capacity < wanted:
@@ -146,15 +248,14 @@ class KVCache:
             for heads in self.config.num_kv_heads
         ]
         if self.buffers:
-            self.buffers = [
+            empty = [
                 tuple(
                     mx.concatenate([old, more], axis=2)
                     for old, more in zip(buffer, new, strict=True)
                 )
                 for buffer, new in zip(self.buffers, empty, strict=True)
             ]
-        else:
-            self.buffers = empty
+        self._set_own(empty)
 
     def select(self, rows: list[int]) -> None:
         """Keep only these sequences, by their index, in this order.
@@ -167,22 +268,68 @@ class KVCache:
             if not 0 <= row < batch:
                 raise InputError(f"the cache holds {batch} sequences: there is no {row}")
         kept = mx.array(rows)
-        self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
+        self._set_own([tuple(array[kept] for array in buffer) for buffer in self.buffers])
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
 
-    def state(self) -> dict[str, mx.array]:
-        """The used part of all buffers, by name, for `restore`.
+    def quantize(self, bits: int, group_size: int | None = None, start: int = 0) -> None:
+        """Keep keys and values in 4 or 8 bits from the first step on that finds `start` positions.
 
         Raises:
-            InputError: when the context slides.
+            InputError: when they are quantized otherwise already, or can't be.
         """
-        if self.ring is not None:
-            raise InputError("a context that slides (max_kv_size) can't be saved")
+        scheme = kv_scheme(bits, self.config.head_dim, group_size)
+        if start < 0:
+            raise InputError(f"quantized_kv_start must be at least 0, not {start}")
+        if self.scheme is not None and (
+            self.scheme.bits != bits or group_size not in (None, self.scheme.group_size)
+        ):
+            raise InputError(
+                f"the prompt cache is quantized to {self.scheme.bits} bits in groups of "
+                f"{self.scheme.group_size} already"
+            )
+        if self.scheme is None:
+            self._scheme_to_come = scheme, start
+            if start == 0:
+                self._quantize_now()
+
+    def _quantize_now(self) -> None:
+        assert self._scheme_to_come is not None
+        scheme = self._scheme_to_come[0]
+        self._set_own([store(buffer[0], scheme) for buffer in self.buffers])
+        self.scheme = scheme
+        self._scheme_to_come = None
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """The used part of all buffers, by name: what `mx.eval` has to evaluate, and `restore`
+        takes.
+        """
+        return self.used(self.length)
+
+    def used(self, length: int) -> dict[str, mx.array]:
+        """The first `length` positions of all buffers, by name; of a ring, all slots in use."""
+        slots = length if self.ring is None else min(self._written, self.ring)
         return {
-            f"layers.{i}.{part}": array[:, :, : self.offset]
-            for i, buffer in enumerate(self.buffers)
+            f"layers.{i}.{part}": array
+            for i, buffer in enumerate(self._lent(slice(None), slice(None), slice(slots)))
             for part, array in enumerate(buffer)
+            if slots
+        }
+
+    def layout(self, length: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and dtype of each array of the `used` part of one sequence."""
+        if length == 0:
+            return {}
+        head_dim = self.config.head_dim
+        last: list[tuple[int, mx.Dtype]] = [(head_dim, self.dtype)]
+        if self.scheme is not None:
+            groups = head_dim // self.scheme.group_size
+            last = [(head_dim * self.scheme.bits // 32, mx.uint32), *[(groups, self.dtype)] * 2]
+        return {
+            f"layers.{i}.{part}": ((1, 2 * heads, length, size), dtype)
+            for i, heads in enumerate(self.config.num_kv_heads)
+            for part, (size, dtype) in enumerate(last)
         }
 
     def restore(self, arrays: Mapping[str, mx.array], offset: int) -> None:
@@ -191,16 +338,11 @@ class KVCache:
         Raises:
             InputError: when the arrays aren't those of such a cache.
         """
-        if offset == 0 and not arrays:
+        if {n: (a.shape, a.dtype) for n, a in arrays.items()} != self.layout(offset):
+            raise InputError("the saved keys and values don't fit the model")
+        if offset == 0:
             return
         self.reserve(1, offset)
-        used = {
-            f"layers.{i}.{part}": (*array.shape[:2], offset, array.shape[3])
-            for i, buffer in enumerate(self.buffers)
-            for part, array in enumerate(buffer)
-        }
-        if {name: array.shape for name, array in arrays.items()} != used:
-            raise InputError("the saved keys and values don't fit the model")
         self.buffers = [
             tuple(
                 mx.slice_update(array, arrays[f"layers.{i}.{part}"], mx.array([0]), axes=(2,))
@@ -210,88 +352,92 @@ class KVCache:
         ]
         self.offset = offset
 
-    def trim(self, count: int) -> None:
-        """Forget the last `count` positions.
+    def can_trim(self, count: int) -> bool:
+        """Whether the last `count` positions can be forgotten.
+
+        A ring has `SLIDING_STEP - 1` slots more than its window, so that as many positions can be
+        forgotten without missing those that they have overwritten.
+        """
+        if not 0 <= count <= self.offset:
+            return False
+        if self.ring is None or self._written <= self.ring:
+            return True
+        return self._written - (self.offset - count) < SLIDING_STEP
+
+    def trim(self, count: int) -> int:
+        """Forget the last `count` positions; returns how many that were.
 
         Raises:
-            InputError: when there are fewer, or when a sliding context has begun to overwrite.
+            InputError: when there are fewer, or when a sliding context has overwritten what came
+                before them.
         """
         if not 0 <= count <= self.offset:
             raise InputError(f"can't trim {count} of {self.offset} positions")
-        if self.ring is not None and self.offset > self.ring:
+        if not self.can_trim(count):
             raise InputError("a context that has slid can't be trimmed")
         self.offset -= count
+        return count
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of positions can be forgotten: not once a context has slid."""
+        return self.ring is None or self._written <= self.ring
+
+    def size(self) -> int:
+        """Positions that a token attends to at most now."""
+        return min(self.length, self.max_size or self.length)
+
+    def empty(self) -> bool:
+        """Whether it holds nothing."""
+        return self.length == 0
+
+    def sequence(self, row: int, length: int) -> KVCache:
+        """A cache of one of the sequences by itself, with its first `length` positions."""
+        first = self._paddings[row] if self._paddings else 0
+        one = KVCache(self.config, self.max_size, self.dtype)
+        one.scheme, one.made_for = self.scheme, self.made_for
+        part = self._parts(slice(row, row + 1), slice(None), slice(first, first + length))
+        one._set_own([_copies(buffer) for buffer in part])  # a part keeps all of it in memory
+        mx.eval(one.buffers)
+        one.offset = one._written = length
+        return one
 
 
-def _scheme(bits: int, head_dim: int) -> Scheme:
-    if bits not in KV_BITS:
-        raise InputError(f"kv_bits must be {' or '.join(map(str, KV_BITS))}, not {bits}")
-    for group in KV_GROUPS:
-        if head_dim % group == 0:
-            return Scheme(group, bits)
-    raise InputError(
-        f"kv_bits needs a head_dim that is a multiple of {KV_GROUPS[-1]}; the model's is {head_dim}"
-    )
+def merge(caches: Sequence[KVCache]) -> KVCache:
+    """The sequences of several caches, each of one, in a cache of all; those stay as they are.
+
+    Raises:
+        InputError: when one is empty or slides, or when they differ in their quantization.
+    """
+    first = caches[0]
+    if any(cache.max_size for cache in caches):
+        raise InputError("a context that slides (max_kv_size) can't be part of a batch")
+    if any(cache.scheme != first.scheme or cache.dtype != first.dtype for cache in caches):
+        raise InputError("the prompt caches of a batch must be quantized alike")
+    lengths = [cache.length for cache in caches]
+    if min(lengths) == 0:
+        raise InputError("an empty prompt cache can't be part of a batch")
+    merged = KVCache(first.config, None, first.dtype, lengths=lengths)
+    merged.scheme, merged.made_for, longest = first.scheme, first.made_for, max(lengths)
+
+    def padded(array: mx.array, length: int) -> mx.array:
+        return mx.pad(array[:, :, :length], [(0, 0), (0, 0), (longest - length, 0), (0, 0)])
+
+    merged.buffers = [
+        tuple(
+            mx.concatenate([padded(a, n) for a, n in zip(arrays, lengths, strict=True)])
+            for arrays in zip(*buffers, strict=True)
+        )
+        for buffers in zip(*(cache._lent() for cache in caches), strict=True)
+    ]
+    merged.offset = merged._written = longest
+    return merged
+
+
+def _copies(arrays: Buffer) -> Buffer:
+    """The same values in memory of their own."""
+    return tuple(mx.contiguous(array * mx.array(1, array.dtype)) for array in arrays)
 
 
 def _slot(position: int, ring: int) -> int:
     kept = min(position, KEPT_TOKENS)
     return kept + (position - kept) % (ring - KEPT_TOKENS)
-
-
-def view(
-    offset: mx.array,
-    length: int,
-    capacity: int,
-    max_size: mx.array | None = None,
-    starts: mx.array | None = None,
-) -> View:
-    """The `View` of a step of `length` tokens at `offset`; the arrays may be traced.
-
-    Args:
-        offset: 0-d int32.
-        length, capacity: of the step, and of the buffers.
-        max_size: 0-d int32, of a context that slides.
-        starts: [B] int32, of sequences that are padded in front.
-    """
-    slots = mx.arange(capacity)
-    positions = offset + mx.arange(length)[None]
-    queries = positions[..., None]
-    if max_size is not None:
-        ring = max_size + SLIDING_STEP - 1
-        turn = ring - KEPT_TOKENS
-        kept = slots < KEPT_TOKENS
-        last = offset + length - 1
-        # The latest position that was written to each slot; one below KEPT_TOKENS: none yet.
-        latest = mx.where(kept, slots, last - mx.remainder(last - slots, turn))
-        in_window = (latest >= KEPT_TOKENS) & (latest > queries - (max_size - KEPT_TOKENS))
-        slot = mx.where(offset < ring, offset, KEPT_TOKENS + (offset - KEPT_TOKENS) % turn)
-        return View(positions, slot[None], (latest <= queries) & (kept | in_window))
-    mask = slots <= queries
-    if starts is not None:
-        mask = mask & (slots >= starts[:, None, None])
-        positions = positions - starts[:, None]  # negative in the padding, which nobody sees
-    return View(positions, offset[None], mask)
-
-
-def store(heads: mx.array, scheme: Scheme | None) -> Buffer:
-    """`heads` [..., head_dim] in the form of a buffer."""
-    return (heads,) if scheme is None else tuple(mx.quantize(heads, **scheme.to_dict()))
-
-
-def write(buffer: Buffer, heads: mx.array, slot: mx.array, scheme: Scheme | None) -> Buffer:
-    """`buffer` with `heads` [B, 2 × kv_heads, L, head_dim] from slot `slot` [1] on."""
-    return tuple(
-        mx.slice_update(array, new, slot, axes=(2,))
-        for array, new in zip(buffer, store(heads, scheme), strict=True)
-    )
-
-
-def read(buffer: Buffer, scheme: Scheme | None, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Keys and values of a buffer, each [B, kv_heads, capacity, head_dim]."""
-    whole = buffer[0]
-    if scheme is not None:
-        values, scales, biases = buffer
-        whole = mx.dequantize(values, scales, biases, **scheme.to_dict(), dtype=dtype)
-    kv_heads = whole.shape[1] // 2
-    return whole[:, :kv_heads], whole[:, kv_heads:]

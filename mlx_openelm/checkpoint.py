@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 import mlx.core as mx
 
@@ -35,22 +36,60 @@ if TYPE_CHECKING:
 METADATA = {"format": "mlx"}
 
 
+@overload
 def load(
     path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = ...,
+    model_config: Mapping[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
+    lazy: bool = ...,
+    return_config: Literal[False] = ...,
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    *,
+    tokenizer: str | Path | None = ...,
+    seconds: dict[str, float] | None = ...,
+) -> tuple[OpenELM, Tokenizer]: ...
+@overload
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = ...,
+    model_config: Mapping[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
+    lazy: bool = ...,
+    *,
+    return_config: Literal[True],
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    tokenizer: str | Path | None = ...,
+    seconds: dict[str, float] | None = ...,
+) -> tuple[OpenELM, Tokenizer, dict[str, Any]]: ...
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     *,
     tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    lazy: bool = False,
     seconds: dict[str, float] | None = None,
-) -> tuple[OpenELM, Tokenizer]:
+) -> tuple[OpenELM, Tokenizer] | tuple[OpenELM, Tokenizer, dict[str, Any]]:
     """A model and its tokenizer.
 
     Args:
         path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
+        tokenizer_config: values that go before those of `tokenizer_config.json`.
+        model_config: values that go before those of `config.json`.
+        adapter_path: not supported yet; only None.
+        lazy: leave the weights on disk until they are first used.
+        return_config: return `config.json`, with the `model_config`, as a third value.
+        revision: branch, tag or commit of the Hugging Face repository.
+        trust_remote_code: of mlx-lm; no code of a repository is ever run.
         tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
             tokenizer of its own, or in place of it.
-        revision: branch, tag or commit of the Hugging Face repository.
-        lazy: leave the weights on disk until they are first used.
         seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
 
     Raises:
@@ -59,19 +98,29 @@ def load(
     """
     from .tokenizer import load_tokenizer
 
+    if adapter_path is not None:
+        raise InputError("adapter_path isn't supported; merge the adapter with openelm-convert")
     directory = resolve(path_or_hf_repo, revision)
     source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
     reading = _Thread(
-        lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source, model=directory))
+        lambda: _timed(
+            "tokenizer",
+            seconds,
+            lambda: load_tokenizer(source, model=directory, tokenizer_config=tokenizer_config),
+        )
     )
     try:
-        model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
+        model = _timed(
+            "weights", seconds, lambda: load_model(directory, lazy=lazy, model_config=model_config)
+        )
     finally:
         # A thread that is still in C++ code when the interpreter ends aborts the process.
         reading.join()
     loaded = reading.result()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
+    if return_config:
+        return model, loaded, read_config(directory, model_config)
     return model, loaded
 
 
@@ -153,13 +202,32 @@ def check_vocabulary(pieces: int, rows: int, where: str) -> None:
         )
 
 
-def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
+def read_config(directory: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a directory, with some values changed.
+
+    Raises:
+        InputError: when there is none, it can't be read, or has no such values to change.
+    """
+    file = find_in(directory, "config.json") or directory / "config.json"
+    values = read_json(file)
+    known = values.keys() | {field.name for field in fields(OpenELMConfig)}
+    strange = sorted((changes or {}).keys() - known)
+    if strange:
+        raise InputError(f"model_config: {file} has no {strange[0]!r}")
+    return {**values, **(changes or {})}
+
+
+def load_model(
+    directory: Path, *, lazy: bool = False, model_config: Mapping[str, Any] | None = None
+) -> OpenELM:
     """The model in a directory, in the dtype that suits the device.
+
+    `model_config` are values that go before those of `config.json`.
 
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
     """
-    values = read_config(directory)
+    values = read_config(directory, model_config)
     where = str(directory / "config.json")
     config = OpenELMConfig.from_dict(values, where)
     quantization = stored_quantization(values, where)
@@ -175,7 +243,7 @@ def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
         model = OpenELM(config, arrays, quantization, dtype)
         del arrays
         if not lazy:
-            mx.eval(model.parameters())
+            model.prepare()
     except InputError as error:
         named = [entry.path for name, entry in entries.items() if name in str(error).split()]
         raise InputError(f"{named[0] if named else directory}: {error}") from None
@@ -184,15 +252,6 @@ def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
             read_header(file)  # says so if the file has become shorter
         raise OpenELMError(f"{directory}: its weights couldn't be loaded ({error})") from error
     return model
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """What the `config.json` of a model directory holds.
-
-    Raises:
-        InputError: when there is none, or it can't be read.
-    """
-    return read_json(find_in(directory, "config.json") or directory / "config.json")
 
 
 def read_entries(directory: Path, method: str | None = None) -> dict[str, Entry]:

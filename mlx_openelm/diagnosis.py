@@ -10,7 +10,7 @@ from typing import cast
 import mlx.core as mx
 
 from . import network
-from .cache import store, view
+from .buffers import store, view
 from .errors import OpenELMError
 from .model import OpenELM
 from .quantization import Matrix

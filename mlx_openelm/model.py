@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import mlx.core as mx
 
 from . import device, network
 from .backends import cpu
-from .cache import Buffer, KVCache, view
+from .buffers import Buffer, view
+from .cache import KVCache
 from .config import OpenELMConfig
 from .errors import OpenELMError
 from .quantization import Quantization, Scheme
@@ -55,24 +57,27 @@ class OpenELM:
         self.policy = policy or device.policy()
         if arrays is None:
             arrays = random_arrays(config)
-        native = self.policy.native and dtype == mx.float32
+        self._native = native = self.policy.native and dtype == mx.float32
         self.weights = make_weights(config, arrays, quantization, dtype, as_stored=native)
         if quantization is not None and (native or self.policy.dequantize(config)):
             multiplies = cpu.can_multiply if native else network.multiplies
             self.weights = dequantize(self.weights, dtype, multiplies)
-        self._network = cpu.Network(config, self.weights) if native else None
         self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
 
     def __call__(
-        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: mx.array,
+        cache: KVCache | Sequence[KVCache] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
         """Logits of the tokens that follow. Waits for `tokens`, to check them.
 
         Args:
             tokens: [B, L] integers.
-            cache: of the B sequences; the tokens continue what it holds and are added to it.
+            cache: of the B sequences; the tokens continue what it holds and are added to it. (Or
+                a list of one, as `make_prompt_cache` returns it.)
             last_only: only the last position's logits, so that no [L, vocab_size] matrix is made.
 
         Returns:
@@ -86,7 +91,10 @@ class OpenELM:
         return self.step(tokens, cache, last_only)
 
     def step(
-        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+        self,
+        tokens: mx.array,
+        cache: KVCache | Sequence[KVCache] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
         """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
         if os.getpid() != self._process:
@@ -96,8 +104,10 @@ class OpenELM:
             )
         if cache is None:
             cache = self.make_cache()
+        elif not isinstance(cache, KVCache):
+            (cache,) = cache
         batch, length = tokens.shape
-        if self._network is not None:
+        if self._native:
             cache.reserve(batch, length)
             logits = self._network(tokens, cache, last_only)
             cache.offset += length
@@ -126,6 +136,16 @@ class OpenELM:
         )
         cache.offset += length
         return logits if last_only or padded == length else logits[:, :length]
+
+    def prepare(self) -> None:
+        """Read the weights now, and not in the first step."""
+        mx.eval(self.parameters())
+        if self._native:
+            self._network  # noqa: B018
+
+    @cached_property
+    def _network(self) -> cpu.Network:
+        return cpu.Network(self.config, self.weights)
 
     def _step(self, scheme: Scheme | None, last_only: bool, compiled: bool) -> Callable[..., _Out]:
         key = (scheme, last_only, compiled)
@@ -156,6 +176,9 @@ class OpenELM:
         max_size: int | None = None,
         kv_bits: int | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        group_size: int | None = None,
+        quantized_from: int = 0,
     ) -> KVCache:
         """An empty cache for this model.
 
@@ -163,11 +186,22 @@ class OpenELM:
             max_size: let the context slide (see `KVCache`).
             kv_bits: quantize keys and values to 8 or 4 bits.
             lengths: of sequences that will be padded in front to the longest.
+            group_size, quantized_from: of `kv_bits` (see `KVCache`).
 
         Raises:
             InputError: when the model or the cache can't have that.
         """
-        return KVCache(self.config, max_size, self.dtype, kv_bits, lengths)
+        cache = KVCache(
+            self.config,
+            max_size,
+            self.dtype,
+            kv_bits,
+            lengths,
+            group_size=group_size,
+            quantized_from=quantized_from,
+        )
+        cache.made_for = self
+        return cache
 
     def parameters(self) -> dict[str, mx.array]:
         """All tensors by their name on disk, as they are held in memory."""

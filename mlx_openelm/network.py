@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .cache import Buffer, View, read, write
+from .buffers import Buffer, View, read, write
 from .config import OpenELMConfig
 from .quantization import Matrix, Scheme
 from .weights import Layer, Weights

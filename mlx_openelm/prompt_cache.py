@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-import mlx.core as mx
-
+from .cache_file import read_cache, write_cache
 from .errors import InputError
-from .files import sync
+from .files import user_path
+from .fingerprint import fingerprint
 from .model import OpenELM
-from .shards import raw
 
-FORMAT = "mlx-openelm prompt cache 1"
+__all__ = ["PromptCache", "fingerprint"]
 
 
 class PromptCache:
@@ -39,6 +35,7 @@ class PromptCache:
         self.model = model
         self.cache = model.make_cache(max_kv_size, kv_bits)
         self.tokens: list[int] = []
+        self._fingerprint: str | None = None  # of the model, once somebody needs it
 
     @property
     def held(self) -> list[int]:
@@ -61,40 +58,28 @@ class PromptCache:
                 break
             shared += 1
         beyond = self.cache.offset - shared
-        if beyond and self.cache.ring is not None and self.cache.offset > self.cache.ring:
-            self.cache = self.model.make_cache(self.cache.max_size, self.kv_bits)
-            shared = 0
-        elif beyond:
+        if self.cache.can_trim(beyond):
             self.cache.trim(beyond)
+        else:
+            scheme = self.cache.scheme
+            self.cache = self.model.make_cache(
+                self.cache.max_size, self.kv_bits, group_size=scheme.group_size if scheme else None
+            )
+            shared = 0
         self.tokens = list(prompt)
         return shared
 
     def save(self, file: str | Path) -> None:
         """Write all of it into a safetensors file, which appears when it is complete.
 
+        Threads and processes may save to the same file: it is then one of theirs, complete.
+
         Raises:
             InputError: when it can't be written there, or the context slides.
         """
-        file = Path(file)
-        arrays = self.cache.state()
-        values = {
-            "format": FORMAT,
-            "model": fingerprint(self.model),
-            "tokens": json.dumps(self.held),
-            "kv_bits": json.dumps(self.kv_bits),
-        }
-        values["sha256"] = _digest(arrays, values)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        try:
-            with part.open("xb") as out:
-                mx.save_safetensors(cast("Any", out), arrays, values)
-                out.flush()
-                sync(out.fileno())
-            part.replace(file)
-        except OSError as error:
-            raise InputError(f"{file}: can't be written ({error.strerror})") from None
-        finally:
-            part.unlink(missing_ok=True)
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        write_cache(file, self.cache, self._fingerprint, tokens=self.held)
 
     @classmethod
     def load(cls, file: str | Path, model: OpenELM) -> PromptCache:
@@ -103,69 +88,20 @@ class PromptCache:
         Raises:
             InputError: when the file can't be read, is damaged, or is of another model.
         """
-        arrays, values = _read(Path(file))
-        if values["model"] != fingerprint(model):
+        file = user_path(file)
+        saved = read_cache(file)
+        made = cls(model)
+        made._fingerprint = fingerprint(model)
+        if saved.cache.made_for != made._fingerprint:
             raise InputError(
                 f"{file}: the prompt cache of another model, or of this one computed in another "
                 "dtype; name another file, or delete this one"
             )
-        made = cls(model, kv_bits=json.loads(values["kv_bits"]))
-        made.tokens = json.loads(values["tokens"])
-        made.cache.restore(arrays, len(made.tokens))
+        if saved.tokens is None:
+            raise InputError(
+                f"{file}: doesn't say what text it is of (save_prompt_cache wrote it); read it "
+                "with load_prompt_cache"
+            )
+        saved.cache.made_for = model
+        made.cache, made.tokens = saved.cache, saved.tokens
         return made
-
-
-def _read(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    try:
-        with file.open("rb") as opened:
-            loaded = mx.load(cast("Any", opened), format="safetensors", return_metadata=True)
-            arrays, values = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-            if values.get("format") != FORMAT:
-                raise InputError(f"{file}: not a prompt cache that this version has written")
-            if values.pop("sha256", None) != _digest(arrays, values):
-                raise InputError(f"{file}: a damaged prompt cache; delete it")
-    except OSError as error:
-        raise InputError(f"{file}: can't be read ({error.strerror})") from None
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: not a prompt cache, or a damaged one; delete it") from None
-    return arrays, values
-
-
-def fingerprint(model: OpenELM) -> str:
-    """A hash of the configuration and of all weights as they are in memory.
-
-    Of each matrix the sums of the rows and of the columns are hashed, the bits of its values taken
-    as integers: a weight that changes, changes two of them, and rows or columns that change places
-    change some. So every weight counts, and finding it costs what a few decoded tokens cost,
-    where hashing the bytes would cost seconds a gigabyte.
-    """
-    arrays = model.parameters()
-    sums = {
-        f"{name} {axis}": mx.sum(_bits(array), axis=axis) if array.ndim > 1 else array
-        for name, array in arrays.items()
-        for axis in range(array.ndim)
-    }
-    return _digest(
-        sums,
-        {
-            "config": model.config.to_dict(),
-            "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
-        },
-    )
-
-
-def _bits(array: mx.array) -> mx.array:
-    """The bits of values of any dtype, as integers."""
-    return array.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size])
-
-
-def _digest(arrays: Mapping[str, mx.array], values: Mapping[str, Any]) -> str:
-    from hashlib import sha256
-
-    whole = sha256(json.dumps(values, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        whole.update(f"{name} {array.dtype} {array.shape}".encode())
-        whole.update(raw(mx.contiguous(array)))
-    return whole.hexdigest()

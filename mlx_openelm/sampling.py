@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -26,12 +27,57 @@ COLD = 0.1  # below, logits of float32 are too coarse unless the largest is 0
 HOT = 1 / TINY
 
 
+@dataclass(frozen=True)
+class Xtc:
+    """Exclude top choices: of the tokens above a threshold only the least likely is left.
+
+    Source: https://github.com/oobabooga/text-generation-webui/pull/6335
+
+    Attributes:
+        probability: how often, from 0 to 1.
+        threshold: the probability, at most 0.5, that a token has to have to be a choice.
+        special_tokens: ids that always stay.
+
+    Raises:
+        InputError: when a value is out of its range.
+    """
+
+    probability: float
+    threshold: float = 0.1
+    special_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("xtc_probability", self.probability, 0 <= self.probability <= 1, "between 0 and 1")
+        _check("xtc_threshold", self.threshold, 0 <= self.threshold <= 0.5, "between 0 and 0.5")
+        for token in self.special_tokens:
+            _check_count("a token id of xtc_special_tokens", token, 0)
+
+    def __call__(self, logprobs: mx.array, coins: mx.array) -> mx.array:
+        """`logprobs` [B, vocab] where `coins` [B, 1], uniform from 0 to 1, say so changed."""
+        probs = mx.softmax(logprobs.astype(mx.float32), axis=-1)
+        least = mx.min(mx.where(probs > self.threshold, probs, math.inf), axis=-1, keepdims=True)
+        excluded = (probs > least) & (coins <= self.probability)
+        if self.special_tokens:
+            ids = mx.array(self.special_tokens)
+            special = mx.any(mx.arange(logprobs.shape[-1])[:, None] == ids, axis=-1)
+            excluded = excluded & ~special
+        return mx.where(excluded, -math.inf, logprobs)
+
+
+Filter = Callable[[mx.array], mx.array] | Xtc
+"""Log-probabilities [B, vocab] -> the same, with -inf for tokens that are not to be drawn."""
+
+
 def make_sampler(
     temp: float = 0.0,
     top_p: float = 0.0,
     min_p: float = 0.0,
     min_tokens_to_keep: int = 1,
     top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] | None = None,
+    *,
     seed: int | None = None,
 ) -> Sampler:
     """A function that draws tokens from log-probabilities.
@@ -43,6 +89,7 @@ def make_sampler(
         min_p: keep tokens at least this times as likely as the likeliest (arXiv 2407.01082).
         min_tokens_to_keep: how many `min_p` always leaves.
         top_k: keep this many of the most likely tokens; 0 keeps all.
+        xtc_probability, xtc_threshold, xtc_special_tokens: see `Xtc`.
         seed: from 0 to 2**64 - 1, for draws of its own. `generate` starts them again for every
             text, `batch_generate` for each of its texts: equal prompts give equal texts. Without a
             seed the draws are from MLX's global random state (`mx.random.seed`).
@@ -58,15 +105,18 @@ def make_sampler(
     _check("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1")
     _check_count("min_tokens_to_keep", min_tokens_to_keep, 1)
     _check_count("top_k", top_k, 0)
+    xtc = Xtc(xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ()))
     if seed is not None:
         seed = _as_seed(seed)
     if temp <= GREEDY_TEMP:
         return greedy
-    filters: list[Callable[[mx.array], mx.array]] = []
+    filters: list[Filter] = []
     if 0 < top_p < 1:
         filters.append(partial(keep_top_p, p=top_p))
     if min_p > 0:
         filters.append(partial(keep_min_p, min_p=min_p, at_least=min_tokens_to_keep))
+    if xtc.probability > 0:
+        filters.append(xtc)
     if top_k > 0:
         filters.append(partial(keep_top_k, k=top_k))
     return Draws(temp, tuple(filters), seed)
@@ -93,13 +143,14 @@ class Draws:
 
     With a seed, draws are numbered, and a draw depends on its number and not on the draws before
     it: a token that was drafted, rejected and drawn again is the same token. A seeded draw is the
-    argmax of logits plus Gumbel noise, so that texts of one batch can share the noise.
+    argmax of logits plus Gumbel noise, so that texts of one batch can share the noise, and the
+    coins of XTC.
     """
 
     def __init__(
         self,
         temp: float,
-        filters: tuple[Callable[[mx.array], mx.array], ...] = (),
+        filters: tuple[Filter, ...] = (),
         seed: int | None = None,
     ) -> None:
         self.temp = temp
@@ -112,11 +163,19 @@ class Draws:
         """The same sampler before its first draw."""
         return Draws(self.temp, self.filters, self.seed)
 
-    def scaled(self, logprobs: mx.array) -> mx.array:
-        """Logits [B, vocab], float32, whose softmax is the distribution that is drawn from."""
+    def scaled(self, logprobs: mx.array, coins: mx.array | None = None) -> mx.array:
+        """Logits [B, vocab], float32, whose softmax is the distribution that is drawn from.
+
+        `coins`: [B, 1] or [1, 1], for XTC; by default from MLX's global random state.
+        """
         logprobs = logprobs.astype(mx.float32)
         for keep in self.filters:
-            logprobs = keep(logprobs)
+            if not isinstance(keep, Xtc):
+                logprobs = keep(logprobs)
+            elif coins is None:
+                logprobs = keep(logprobs, mx.random.uniform(shape=(logprobs.shape[0], 1)))
+            else:
+                logprobs = keep(logprobs, coins)
         if self.temp < COLD:
             logprobs = logprobs - mx.max(logprobs, axis=-1, keepdims=True)
         return logprobs * (1 / min(self.temp, HOT))
@@ -131,31 +190,40 @@ class Draws:
 
     def ahead(self, logprobs: mx.array, first: int = 0) -> mx.array:
         """Tokens [n]: of row `i` [n, vocab], what the draw `first + i` after the next one gives."""
-        logits = self.scaled(logprobs)
         if self.seed is None:
-            return mx.random.categorical(logits)
-        noise = [self._noise(first + i, 1, logits.shape[-1]) for i in range(logits.shape[0])]
-        return mx.argmax(logits + mx.concatenate(noise), axis=-1)
+            return mx.random.categorical(self.scaled(logprobs))
+        keys = [self._key(first + i) for i in range(logprobs.shape[0])]
+        return self._drawn(logprobs, keys, 1)
 
     def advance(self, count: int) -> None:
         """Consume the keys of `count` draws that were made `ahead`."""
         del self._keys[:count]
 
     def _next(self, logprobs: mx.array, rows: int) -> mx.array:
-        logits = self.scaled(logprobs)
         if self.seed is None:
-            return mx.random.categorical(logits)
-        noise = self._noise(0, rows, logits.shape[-1])
+            return mx.random.categorical(self.scaled(logprobs))
+        tokens = self._drawn(logprobs, [self._key(0)], rows)
         self.advance(1)
-        return mx.argmax(logits + noise, axis=-1)
+        return tokens
 
-    def _noise(self, number: int, rows: int, vocab: int) -> mx.array:
-        """[rows, vocab] of the draw that comes `number` after the next one."""
+    def _drawn(self, logprobs: mx.array, keys: list[mx.array], rows: int) -> mx.array:
+        """Tokens [B], by the noise and the coins that each of `keys` gives to so many rows."""
+        coins = None
+        if any(isinstance(keep, Xtc) for keep in self.filters):
+            coins = mx.concatenate(
+                [mx.random.uniform(shape=(rows, 1), key=mx.random.split(key)[1]) for key in keys]
+            )
+        shape = (rows, logprobs.shape[-1])
+        noise = mx.concatenate([mx.random.gumbel(shape, key=key) for key in keys])
+        return mx.argmax(self.scaled(logprobs, coins) + noise, axis=-1)
+
+    def _key(self, number: int) -> mx.array:
+        """The key of the draw that comes `number` after the next one."""
         assert self._chain is not None
         while len(self._keys) <= number:
             self._chain, key = mx.random.split(self._chain)
             self._keys.append(key)
-        return mx.random.gumbel((rows, vocab), key=self._keys[number])
+        return self._keys[number]
 
 
 def keep_top_k(logprobs: mx.array, k: int) -> mx.array:

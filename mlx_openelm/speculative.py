@@ -9,7 +9,7 @@ with a seed the same tokens again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import NamedTuple, cast
@@ -17,15 +17,16 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
-from .cache import KVCache
+from .cache import KVCache, Use
 from .choosing import Choice, Chooser
 from .decoding import prefill, token_limit
 from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
 from .model import OpenELM
+from .options import Options, Progress
 from .pace import LENGTHS, Costs, Kind, Pace
 from .sampling import LogitsProcessor, Sampler
-from .token_ids import as_token_ids
+from .token_ids import as_prompt
 
 SURE_ENOUGH = 0.5  # the acceptance that makes it worth to wait whether a passage goes on
 
@@ -101,18 +102,20 @@ def speculative_generate_step(
     prompt: mx.array,
     model: OpenELM,
     draft_model: OpenELM | None = None,
+    stream: None = None,
     *,
     prompt_lookup: bool = False,
     num_draft_tokens: int = LENGTHS[-1],
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    max_kv_size: int | None = None,
-    kv_bits: int | None = None,
-    prompt_cache: KVCache | None = None,
-    cached_tokens: Sequence[int] = (),
+    prompt_cache: KVCache | Sequence[KVCache] | None = None,
     prefill_step_size: int | None = None,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    quantized_kv_start: int = 0,
+    max_kv_size: int | None = None,
+    prompt_progress_callback: Progress | None = None,
     vocab_size: int | None = None,
     statistics: Speculation | None = None,
     pace: Pace | None = None,
@@ -129,6 +132,9 @@ def speculative_generate_step(
         statistics: is kept up to date.
         pace: decides the length of each draft; by default it begins with what was measured when
             the same models generated before.
+        stream, max_tokens, sampler, logits_processors, prompt_cache, prefill_step_size, kv_bits,
+            kv_group_size, quantized_kv_start, max_kv_size, prompt_progress_callback, vocab_size:
+            as in `decoding.generate_step`.
 
     Yields:
         The token, the log-probabilities [vocab] it was chosen by, and whether it was drafted.
@@ -137,40 +143,71 @@ def speculative_generate_step(
         InputError: as `generate_step`; and for a context that slides, since what was drafted in
             vain can't be taken back there.
     """
-    prompt = as_token_ids(prompt, model.config.vocab_size)
-    earlier = as_token_ids(cached_tokens, model.config.vocab_size, "cached_tokens")
-    if prompt.size == 0:
-        raise InputError("the prompt is empty")
-    if prefill_step_size is not None and prefill_step_size < 1:
-        raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
-    if num_draft_tokens < 1:
-        raise InputError(f"num_draft_tokens must be at least 1, not {num_draft_tokens}")
-    cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
-    if cache.room() is None:
-        raise InputError(
-            "speculative decoding can't be combined with a context that slides (max_kv_size)"
-        )
+    options = Options(
+        max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=prompt_progress_callback,
+        draft_model=draft_model,
+        prompt_lookup=prompt_lookup,
+        num_draft_tokens=num_draft_tokens,
+        pace=pace,
+        stream=stream,
+    )
+    return drafted_steps(
+        as_prompt(prompt, model.config.vocab_size),
+        model,
+        options,
+        options.cache(model),
+        vocab_size=vocab_size,
+        statistics=statistics,
+    )
+
+
+def drafted_steps(
+    prompt: mx.array,
+    model: OpenELM,
+    options: Options,
+    cache: KVCache,
+    *,
+    use: Use | None = None,
+    cached_tokens: Sequence[int] = (),
+    vocab_size: int | None = None,
+    statistics: Speculation | None = None,
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    """The tokens of `speculative_generate_step`.
+
+    Args:
+        use: of the cache; by default a new one.
+        cached_tokens: what the cache holds of the text, for processors and lookup to see.
+        prompt, model, options, cache, vocab_size, statistics: as there.
+
+    Raises:
+        InputError: when the draft model can't have the model's tokenizer.
+    """
+    draft_model = options.draft_model
     vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
     if draft_model is not None and draft_model.config.vocab_size < vocab_size:
         raise InputError(
             f"the draft model knows {draft_model.config.vocab_size} tokens, the model "
             f"{vocab_size}: they can't have the same tokenizer"
         )
+    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
     return _Loop(
         model,
         cache,
-        Chooser(sampler, logits_processors or (), mx.concatenate([earlier, prompt]), vocab_size),
+        Chooser(options.sampler, options.logits_processors or (), seen, vocab_size),
         DraftModel(draft_model) if draft_model is not None else None,
-        PromptLookup() if prompt_lookup else None,
-        pace or Pace(num_draft_tokens, _costs(model, draft_model)),
+        PromptLookup() if options.prompt_lookup else None,
+        options.pace or Pace(options.num_draft_tokens, _costs(model, draft_model)),
         statistics or Speculation(),
-    ).run(
-        prompt,
-        cast("list[int]", earlier.tolist()),
-        max_tokens,
-        prefill_step_size,
-        prompt_progress_callback,
-    )
+    ).run(prompt, cached_tokens, options, use)
 
 
 _measured: WeakKeyDictionary[OpenELM, WeakKeyDictionary[OpenELM, Costs]] = WeakKeyDictionary()
@@ -200,28 +237,33 @@ class _Loop:
         self.pace, self.statistics = pace, statistics
         self.text: list[int] = []
         self.traces = 0  # of all models, when a step was over last
-        self.before = cache.offset  # positions of the cache that aren't of the text
+        self.before = 0  # positions of the cache that aren't of the text
 
     def run(
         self,
         prompt: mx.array,
         cached_tokens: Sequence[int],
-        max_tokens: int,
-        prefill_step_size: int | None,
-        progress: Callable[[int, int], None] | None,
+        options: Options,
+        use: Use | None,
     ) -> Generator[tuple[int, mx.array, bool], None, None]:
-        left = token_limit(self.cache, prompt.size, max_tokens)
-        assert left is not None  # the context doesn't slide
-        logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
-        step = Step(self.chooser.choose(logits, first=True))
-        self._extend([*cached_tokens, *cast("list[int]", prompt.tolist())])
-        self.before -= len(cached_tokens)
-        if progress:
-            mx.eval(step.choice.tokens)
-            progress(prompt.size, prompt.size)
-        given = len(self.text)
-        then: float | None = None
+        cache, progress = self.cache, options.prompt_progress_callback
+        use = use or cache.begin_use(appends=options.prompt_cache is not None)
         try:
+            self.before = cache.offset - len(cached_tokens)
+            left = token_limit(cache, prompt.size, options.max_tokens)
+            assert left is not None  # the context doesn't slide
+            logits = prefill(self.model, prompt, cache, options.prefill_step_size, progress)
+            step = Step(self.chooser.choose(logits, first=True))
+            self._extend([*cached_tokens, *cast("list[int]", prompt.tolist())])
+            if progress or left == 0:
+                mx.eval(step.choice.tokens, cache.buffers)
+            if progress:
+                progress(prompt.size, prompt.size)
+            given = len(self.text)
+            use.text = self.before + given
+            if left == 0:
+                return
+            then: float | None = None
             while True:
                 following = None
                 plain = step.draft is None and left > 1 and self.model.policy.overlapped
@@ -237,14 +279,19 @@ class _Loop:
                 self.chooser.extend(tokens)
                 if following is None and left:
                     following = self._next(left)
+                elif use.appends and not left and cache.room() != 0:
+                    self.model.step(mx.array([tokens[-1:]]), cache, last_only=True)  # for it
                 for i, token in enumerate(tokens):
                     given += 1
+                    use.text = self.before + given
                     yield token, step.choice.logprobs[i], i < len(tokens) - 1
+                    cache.still_in(use)
                 if following is None:
                     return
                 step = following
         finally:
-            self._trim(given)
+            if cache.use is use:
+                cache.settle()
 
     def _extend(self, tokens: Sequence[int]) -> None:
         self.text += tokens

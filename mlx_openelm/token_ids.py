@@ -31,6 +31,14 @@ def as_token_ids(ids: Any, vocab_size: int, what: str = "the prompt") -> mx.arra
     return mx.array(checked, mx.int32)
 
 
+def as_prompt(ids: Any, vocab_size: int) -> mx.array:
+    """Token ids [L], int32, L at least 1; see `as_token_ids`."""
+    prompt = as_token_ids(ids, vocab_size)
+    if prompt.size == 0:
+        raise InputError("the prompt is empty")
+    return prompt
+
+
 def check_tokens(tokens: mx.array, vocab_size: int) -> None:
     """Refuse what can't be the tokens of a model; waits for them to be computed.
 

@@ -38,7 +38,7 @@ def alone(demo: Demo, prompt: str, max_tokens: int, **options: object) -> str:
 @pytest.mark.parametrize("size", [1, 3, 32])
 def test_each_sequence_is_what_it_is_alone(demo: Demo, size: int) -> None:
     limits = [3, 40, 17, 25]
-    response = batch_generate(*demo, PROMPTS, limits, completion_batch_size=size)
+    response = batch_generate(*demo, PROMPTS, max_tokens=limits, completion_batch_size=size)
     assert response.texts == [alone(demo, p, n) for p, n in zip(PROMPTS, limits, strict=True)]
     assert [len(ids) for ids in response.token_ids] == limits
     assert response.finish_reasons == ["length"] * 4
@@ -49,24 +49,24 @@ def test_each_sequence_is_what_it_is_alone(demo: Demo, size: int) -> None:
 
 def test_prompts_in_chunks_and_ids(demo: Demo) -> None:
     ids = [demo[1].encode(p) for p in PROMPTS]
-    response = batch_generate(*demo, ids, 12, prefill_step_size=4)
+    response = batch_generate(*demo, ids, max_tokens=12, prefill_step_size=4)
     assert response.texts == [alone(demo, p, 12) for p in PROMPTS]
 
 
 def test_stop_strings_and_eos_end_one_sequence(demo: Demo) -> None:
     stop = alone(demo, PROMPTS[0], 20)[8:14]
-    response = batch_generate(*demo, PROMPTS, 20, stop=[stop])
+    response = batch_generate(*demo, PROMPTS, max_tokens=20, stop=[stop])
     assert response.texts == [alone(demo, p, 20, stop=[stop]) for p in PROMPTS]
     assert response.finish_reasons[0] == "stop"
     bias = make_logits_processors(logit_bias={demo[1].eos_token_id: 1e4})
-    ended = batch_generate(*demo, PROMPTS, 20, logits_processors=bias)
+    ended = batch_generate(*demo, PROMPTS, max_tokens=20, logits_processors=bias)
     assert ended.texts == [""] * 4
     assert ended.finish_reasons == ["stop"] * 4
 
 
 def test_processors_see_their_own_sequence(demo: Demo) -> None:
     penalty = make_logits_processors(repetition_penalty=1.7)
-    response = batch_generate(*demo, PROMPTS, [30, 4, 30, 9], logits_processors=penalty)
+    response = batch_generate(*demo, PROMPTS, max_tokens=[30, 4, 30, 9], logits_processors=penalty)
     for prompt, text, n in zip(PROMPTS, response.texts, [30, 4, 30, 9], strict=True):
         assert text == alone(demo, prompt, n, logits_processors=penalty)
 
@@ -83,7 +83,7 @@ def test_processors_change_the_row_whose_tokens_they_see(demo: Demo) -> None:
 
     limits = [2, 12, 2, 12]
     together: dict[tuple[int, ...], mx.array] = {}
-    batch_generate(*demo, PROMPTS, limits, logits_processors=[spy(together)])
+    batch_generate(*demo, PROMPTS, max_tokens=limits, logits_processors=[spy(together)])
     for prompt, limit in zip(PROMPTS, limits, strict=True):
         by_itself: dict[tuple[int, ...], mx.array] = {}
         alone(demo, prompt, limit, logits_processors=[spy(by_itself)])
@@ -115,14 +115,24 @@ def test_the_next_step_is_built_before_tokens_are_waited_for(
 def test_sequences_are_sampled_apart_without_a_seed(demo: Demo) -> None:
     def texts() -> list[str]:
         mx.random.seed(3)
-        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=make_sampler(1.0)).texts
+        return batch_generate(
+            *demo, [PROMPTS[0]] * 4, max_tokens=20, sampler=make_sampler(1.0)
+        ).texts
 
     assert texts() == texts()
     assert len(set(texts())) == 4
 
 
 @pytest.mark.parametrize("size", [1, 3, 32])
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 50, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+    ],
+    ids=str,
+)
 def test_a_seeded_text_is_its_own_whoever_else_is_in_the_batch(
     demo: Demo, size: int, options: dict[str, float]
 ) -> None:
@@ -131,14 +141,16 @@ def test_a_seeded_text_is_its_own_whoever_else_is_in_the_batch(
     wanted = [alone(demo, p, n, sampler=sampler) for p, n in zip(PROMPTS, limits, strict=True)]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1], [2]):
         prompts, most = [PROMPTS[i] for i in order], [limits[i] for i in order]
-        response = batch_generate(*demo, prompts, most, completion_batch_size=size, sampler=sampler)
+        response = batch_generate(
+            *demo, prompts, max_tokens=most, completion_batch_size=size, sampler=sampler
+        )
         assert response.texts == [wanted[i] for i in order]
 
 
 def test_the_context_ends_each_sequence_by_itself(demo: Demo) -> None:
     context = demo[0].config.max_context_length
     prompts = [[1] * (context - 5), [1, 7, 9]]
-    response = batch_generate(*demo, prompts, 40)
+    response = batch_generate(*demo, prompts, max_tokens=40)
     assert [len(ids) for ids in response.token_ids] == [6, 40]
     wanted = [r.token for r in stream_generate(*demo, [1, 7, 9], max_tokens=40)]
     assert response.token_ids[1] == wanted
@@ -152,8 +164,12 @@ def test_nothing_in_nothing_out(demo: Demo) -> None:
     ("prompts", "options", "message"),
     [
         ([""], {}, "the prompt is empty"),
-        ([[1], []], {}, "prompt 1 has 0 tokens"),
-        ([[1] * 1025], {}, "prompt 0 has 1025 tokens; from 1 to the model's context of 1024"),
+        ([[1], []], {}, "prompt 1: the prompt is empty"),
+        (
+            [[1] * 1025],
+            {},
+            "prompt 0 has 1025 tokens; from 1 to 1024 are possible in the model's context of 1024",
+        ),
         (["a"], {"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
         (["a"], {"max_tokens": [1, 2]}, "max_tokens has 2 entries for 1 prompts"),
         (["a"], {"completion_batch_size": 0}, "completion_batch_size must be at least 1"),
@@ -173,3 +189,67 @@ def test_a_sliding_cache_takes_one_length(demo: Demo) -> None:
     assert cache.starts is None
     assert cache.room() == demo[0].config.max_context_length
     demo[0](mx.array([[1, 2, 3], [1, 4, 5]]), cache)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_batch_goes_on_from_caches_and_leaves_them_alone(demo: Demo, kv_bits: int | None) -> None:
+    model, tokenizer = demo
+    caches = [[model.make_cache(kv_bits=kv_bits)] for _ in range(3)]
+    for cache, prompt in zip(caches, PROMPTS, strict=False):
+        generate(model, tokenizer, prompt, max_tokens=5, prompt_cache=cache)
+    lengths = [cache[0].offset for cache in caches]
+    more = [tokenizer.encode(p, add_special_tokens=False) for p in (" and", " who had", ",")]
+    response = batch_generate(model, tokenizer, more, caches, max_tokens=9)
+    assert [cache[0].offset for cache in caches] == lengths
+    alone_texts = [
+        generate(model, tokenizer, prompt, max_tokens=9, prompt_cache=cache)
+        for prompt, cache in zip(more, caches, strict=True)
+    ]
+    assert response.texts == alone_texts
+    first = batch_generate(model, tokenizer, PROMPTS[:2], [None, None], max_tokens=6)
+    assert first.texts == [alone(demo, p, 6) for p in PROMPTS[:2]]
+
+
+def test_caches_and_logprobs_of_a_batch_are_those_of_its_sequences(demo: Demo) -> None:
+    model, tokenizer = demo
+    response = batch_generate(
+        model,
+        tokenizer,
+        PROMPTS,
+        max_tokens=[3, 12, 7, 12],
+        return_prompt_caches=True,
+        return_logprobs=True,
+    )
+    assert response.caches is not None and response.logprobs is not None
+    for prompt, ids, (cache,), logprobs in zip(
+        PROMPTS, response.token_ids, response.caches, response.logprobs, strict=True
+    ):
+        text = [*tokenizer.encode(prompt), *ids]
+        fresh = model.make_cache()
+        logits = model(mx.array([text]), fresh)[0]
+        assert cache.offset == len(text)
+        for name, array in cache.state.items():
+            assert mx.abs(array - fresh.state[name]).max().item() < 1e-3
+        known = logits[:, : tokenizer.vocab_size]
+        wanted = known - mx.logsumexp(known, axis=-1, keepdims=True)
+        for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+            assert wanted[len(text) - len(ids) + i - 1, token].item() == pytest.approx(
+                logprob, abs=1e-3
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_caches": [[]]}, "prompt_cache must be"),
+        ({"prompt_caches": []}, "prompt_caches has 0 entries for 1 prompts"),
+        ({"prefill_batch_size": 0}, "prefill_batch_size must be at least 1"),
+        ({"max_kv_size": 64}, "max_kv_size isn't supported for a batch"),
+        ({"stream": 1}, "stream isn't supported"),
+    ],
+)
+def test_what_a_batch_does_not_take_is_refused(
+    demo: Demo, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        batch_generate(*demo, ["a"], **options)  # type: ignore[arg-type]

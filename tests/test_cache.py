@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM
-from mlx_openelm.cache import FIRST_CAPACITY, KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm import InputError, KVCache, OpenELM
+from mlx_openelm.buffers import KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm.cache import FIRST_CAPACITY, merge
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.tokenizer import Tokenizer
 
 from . import bounds, reference
 from .models import CONFIGS, UNEVEN, random_model
+from .test_model import POLICIES
 
 CONFIG = CONFIGS["uneven"]
+_WIDE = OpenELMConfig(**{**UNEVEN, "head_dim": 32, "model_dim": 128})  # a group fits into a head
 
 
 def random_tokens(length: int) -> mx.array:
@@ -111,10 +116,14 @@ def test_a_sliding_context_has_no_end() -> None:
     assert np.isfinite(np.array(logits)).all()
 
 
-@pytest.mark.parametrize("size", [-1, 0, KEPT_TOKENS, 601])
+@pytest.mark.parametrize("size", [-1, 0, KEPT_TOKENS])
 def test_sizes_that_make_no_sense_are_refused(size: int) -> None:
-    with pytest.raises(InputError, match="max_kv_size must be more than 4 and at most"):
+    with pytest.raises(InputError, match="max_kv_size must be more than 4, not"):
         random_model(CONFIG).make_cache(size)
+
+
+def test_a_size_above_the_context_is_the_context() -> None:
+    assert random_model(CONFIG).make_cache(4096).max_size == CONFIG.max_context_length
 
 
 def test_a_cache_belongs_to_one_batch_size() -> None:
@@ -169,3 +178,86 @@ def test_a_quantized_cache_slides_and_is_trimmed(demo: tuple[OpenELM, Tokenizer]
 def test_a_head_that_no_group_divides_is_refused() -> None:
     with pytest.raises(InputError, match="kv_bits needs a head_dim that is a multiple of 32"):
         random_model(CONFIG).make_cache(kv_bits=8)
+
+
+def _deepcopy(cache: KVCache) -> KVCache:
+    return copy.deepcopy(cache)
+
+
+def _restored(cache: KVCache) -> KVCache:
+    other = KVCache(CONFIG, bits=cache.scheme.bits if cache.scheme else None)
+    other.restore(cache.state, cache.length)
+    return other
+
+
+def _merged(cache: KVCache) -> KVCache:
+    return merge([cache])
+
+
+def _one_of_a_batch(cache: KVCache) -> KVCache:
+    return cache.sequence(0, cache.length)
+
+
+def _shared(cache: KVCache) -> KVCache:
+    other = _deepcopy(cache)
+    other.buffers = cache.buffers
+    return other
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("length", [FIRST_CAPACITY - 5, FIRST_CAPACITY, FIRST_CAPACITY + 1])
+@pytest.mark.parametrize("take", [_deepcopy, _restored, _merged, _one_of_a_batch, _shared])
+def test_what_is_taken_from_a_cache_goes_on_by_itself(
+    take: Callable[[KVCache], KVCache], length: int, policy: str
+) -> None:
+    """The original and the other one are trimmed and go on in different ways, in any order."""
+    model = random_model(CONFIG, POLICIES[policy])
+    text = random_tokens(length)
+    texts = [mx.array([[3, 4, 5, 6]]), mx.array([[90, 80, 70, 60]])]
+
+    def continued(cache: KVCache, more: mx.array) -> mx.array:
+        cache.trim(cache.offset - (length - 3))
+        return mx.concatenate([model(token, cache) for token in mx.split(more, 4, axis=1)])
+
+    wanted = [model(mx.concatenate([text[:, :-3], more], axis=1))[0, -4:] for more in texts]
+    orders = ((1, 0),) if take is _shared else ((0, 1), (1, 0))
+    for order in orders:
+        cache = model.make_cache()
+        model(text, cache)
+        both = [cache, take(cache)]
+        for turn in (*order, *order):
+            found = continued(both[turn], texts[turn])[:, 0]
+            assert mx.abs(found - wanted[turn]).max().item() < 1e-4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_state_stays_as_it_was(policy: str) -> None:
+    model = random_model(CONFIG, POLICIES[policy])
+    cache = model.make_cache()
+    model(random_tokens(20), cache)
+    state = cache.state
+    wanted = {name: np.array(array) for name, array in cache.state.items()}
+    cache.trim(10)
+    model(mx.array([[9] * 10]), cache)
+    assert state.keys() == wanted.keys()
+    for name, array in state.items():
+        assert np.array_equal(np.array(array), wanted[name])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("max_size", [None, 40])
+@pytest.mark.parametrize("start", [0, 10, 70])
+def test_quantizing_later_is_the_same_on_every_policy(
+    start: int, max_size: int | None, policy: str
+) -> None:
+    tokens = [(7 * i) % 90 for i in range(100)]
+
+    def logits(name: str) -> mx.array:
+        model = random_model(_WIDE, POLICIES[name])
+        cache = model.make_cache(max_size, 8, quantized_from=start)
+        found = [model(mx.array([[token]]), cache)[0] for token in tokens]
+        assert cache.scheme is not None
+        return mx.concatenate(found)
+
+    wanted = logits("MLX's kernels")
+    assert mx.abs(logits(policy) - wanted).max().item() < 1e-2 * mx.abs(wanted).max().item()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,31 @@ def test_the_demo_is_small_and_can_be_quantized() -> None:
     for model in (demo, draft):
         assert all(n % 64 == 0 for a in model.parameters().values() for n in a.shape)
         assert isinstance(model, OpenELM)
+
+
+SLOW = """
+import sys, time
+from mlx_openelm import checkpoint, tokenizer
+from mlx_openelm.errors import InputError
+
+def slow(*_, **__):
+    time.sleep(0.3)
+    print("the tokenizer was read", flush=True)
+
+def fails(*_, **__):
+    raise InputError("bad weights")
+
+tokenizer.load_tokenizer, checkpoint.load_model = slow, fails
+try:
+    checkpoint.load("demo")
+except InputError as error:
+    print(error, flush=True)
+    sys.exit(2)
+"""
+
+
+def test_an_error_does_not_end_the_process_under_the_tokenizer_thread() -> None:
+    """A thread that is still in C++ when the interpreter goes ends the process by abort()."""
+    result = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, encoding="utf-8")
+    assert result.returncode == 2
+    assert sorted(result.stdout.splitlines()) == ["bad weights", "the tokenizer was read"]

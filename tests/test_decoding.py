@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,12 +13,15 @@ import pytest
 from mlx_openelm import (
     InputError,
     OpenELM,
+    batch_generate,
     generate,
+    load,
     make_logits_processors,
     make_sampler,
     stream_generate,
 )
 from mlx_openelm.decoding import generate_step, prefill
+from mlx_openelm.options import Keywords, Options
 from mlx_openelm.tokenizer import Tokenizer
 
 from . import bounds
@@ -89,7 +96,7 @@ def test_progress_counts_the_prompt(demo: Demo) -> None:
         prefill_step_size=16,
         prompt_progress_callback=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(done, 40) for done in (16, 32, 40)]
+    assert seen == [(done, 40) for done in (0, 16, 32, 40)]
 
 
 def test_a_seed_decides_the_text(demo: Demo) -> None:
@@ -195,6 +202,126 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         generate(*demo, prompt, **options)  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "max_tokens": ({"max_tokens": 0}, "max_tokens must be"),
+    "prefill_step_size": ({"prefill_step_size": 0}, "prefill_step_size must be"),
+    "num_draft_tokens": ({"num_draft_tokens": 0}, "num_draft_tokens must be"),
+    "sampler": ({"sampler": 0.7}, "sampler must be a function"),
+    "logits_processors": ({"logits_processors": [0.7]}, "logits_processors must be functions"),
+    "prompt_progress_callback": ({"prompt_progress_callback": True}, "prompt_progress_callback"),
+    "max_kv_size": ({"max_kv_size": 4}, "max_kv_size must be more than 4"),
+    "kv_bits": ({"kv_bits": 5}, "kv_bits must be"),
+    "kv_group_size": ({"kv_bits": 8, "kv_group_size": 48}, "kv_group_size must be"),
+    "quantized_kv_start": ({"kv_bits": 8, "quantized_kv_start": -1}, "quantized_kv_start must be"),
+    "input_embeddings": (
+        {"input_embeddings": mx.zeros((1, 8))},
+        "input_embeddings isn't supported",
+    ),
+    "stream": ({"stream": mx.default_device()}, "stream isn't supported"),
+    "prompt_cache": ({"prompt_cache": {}}, "prompt_cache must be"),
+    "an empty prompt_cache": ({"prompt_cache": []}, "prompt_cache must be"),
+    "sliding drafts": ({"max_kv_size": 64, "prompt_lookup": True}, "speculative decoding can't"),
+    "stop": ({"stop": ""}, "a stop string must not be empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_options_are_refused_by_name_at_the_call(demo: Demo, case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        stream_generate(*demo, PROMPT, **options)  # nothing asks for a token
+    if case not in ("max_tokens", "num_draft_tokens", "sliding drafts", "stop"):
+        with pytest.raises(InputError, match=message):
+            generate_step(mx.array([1, 2]), demo[0], **options)
+
+
+def test_unknown_options_are_refused_by_name_at_the_call(demo: Demo) -> None:
+    model, tokenizer = demo
+    calls: list[Callable[[], object]] = [
+        lambda: stream_generate(model, tokenizer, PROMPT, temperature=0.5),  # type: ignore[call-arg]
+        lambda: generate(model, tokenizer, PROMPT, temperature=0.5),  # type: ignore[call-arg]
+        lambda: generate_step(mx.array([1]), model, temperature=0.5),  # type: ignore[call-arg]
+        lambda: batch_generate(model, tokenizer, [PROMPT], temperature=0.5),  # type: ignore[call-arg]
+        lambda: load("demo", temperature=0.5),  # type: ignore[call-overload]
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="temperature"):
+            call()
+
+
+def test_the_keywords_are_the_options() -> None:
+    positional = {"max_tokens", "draft_model", "stream"}
+    assert {field.name for field in fields(Options)} == positional | set(Keywords.__annotations__)
+
+
+@pytest.mark.parametrize("bad", [np.array([[1, 2]]), np.array([1.5]), ["a"], [None], 5.0, [[1]]])
+def test_prompts_that_are_no_ids_are_refused(demo: Demo, bad: Any) -> None:
+    with pytest.raises(InputError, match="the prompt must be a (flat )?sequence of"):
+        stream_generate(*demo, bad)
+
+
+def test_prompts_may_be_arrays_of_any_library(demo: Demo) -> None:
+    ids = demo[1].encode(PROMPT)
+    for prompt in (np.array(ids), np.array(ids, np.uint16), mx.array(ids, mx.uint32), tuple(ids)):
+        assert generate(*demo, prompt, max_tokens=5) == generate(*demo, PROMPT, max_tokens=5)
+
+
+def test_a_cache_of_another_model_is_refused(demo: Demo) -> None:
+    other = random_model(CONFIGS["uneven"])
+    with pytest.raises(InputError, match="another geometry or dtype"):
+        stream_generate(*demo, PROMPT, prompt_cache=other.make_cache())
+    arrays = other.parameters()
+    arrays["transformer.norm.weight"] = -arrays["transformer.norm.weight"]
+    changed = OpenELM(other.config, arrays)
+    with pytest.raises(InputError, match="the prompt cache is another model's"):
+        generate_step(mx.array([1, 2]), changed, prompt_cache=other.make_cache())
+    generate_step(
+        mx.array([1, 2]), OpenELM(other.config, other.parameters()), prompt_cache=other.make_cache()
+    )
+
+
+def test_options_that_contradict_the_cache_are_refused(demo: Demo) -> None:
+    model, tokenizer = demo
+    with pytest.raises(InputError, match="max_kv_size=64 can't be given with a prompt_cache"):
+        stream_generate(*demo, PROMPT, prompt_cache=model.make_cache(), max_kv_size=64)
+    with pytest.raises(InputError, match="quantized to 8 bits in groups of 64 already"):
+        stream_generate(*demo, PROMPT, prompt_cache=model.make_cache(kv_bits=8), kv_bits=4)
+    with pytest.raises(InputError, match="speculative decoding can't be combined"):
+        stream_generate(*demo, PROMPT, prompt_cache=model.make_cache(64), prompt_lookup=True)
+    cache = model.make_cache()
+    generate(model, tokenizer, PROMPT, max_tokens=4, prompt_cache=cache)
+    generate(model, tokenizer, [5], max_tokens=4, prompt_cache=cache, kv_bits=8)
+    assert cache.scheme is not None and cache.scheme.bits == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup": True}])
+def test_a_cache_is_quantized_once_it_is_long_enough(demo: Demo, options: dict[str, Any]) -> None:
+    model, tokenizer = demo
+    ids = tokenizer.encode(PROMPT)
+    for start, quantized in ((len(ids) + 3, True), (len(ids) + 30, False)):
+        cache = model.make_cache()
+        text = generate(
+            model,
+            tokenizer,
+            ids,
+            max_tokens=12,
+            prompt_cache=cache,
+            kv_bits=8,
+            kv_group_size=32,
+            quantized_kv_start=start,
+            **options,
+        )
+        assert (cache.scheme is not None) == quantized
+        assert cache.offset == len(ids) + 12
+    assert text == generate(model, tokenizer, ids, max_tokens=12)
+
+
+def test_reading_a_prompt_gives_no_token(demo: Demo) -> None:
+    cache = demo[0].make_cache()
+    assert list(generate_step(mx.array([1, 5, 7]), demo[0], max_tokens=0, prompt_cache=cache)) == []
+    assert cache.offset == 3
 
 
 def test_verbose_prints_text_and_speed(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:

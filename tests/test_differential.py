@@ -18,7 +18,8 @@ import pytest
 
 from mlx_openelm import OpenELM, OpenELMConfig, device
 from mlx_openelm.backends import cpu
-from mlx_openelm.cache import KEPT_TOKENS, KVCache, read
+from mlx_openelm.buffers import KEPT_TOKENS, read
+from mlx_openelm.cache import KVCache
 from mlx_openelm.quantization import MODES, Quantization, Scheme, quantize
 
 from . import reference

@@ -41,5 +41,7 @@ def test_the_kernel_is_in_a_source_distribution(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     [listed] = tmp_path.glob("*/SOURCES.txt")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_openelm/backends/cpu/src").iterdir()}
+    sources = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "mlx_openelm/backends/cpu/src").iterdir()
+    }
     assert {"setup.py", "scripts/supported.py", *sources} <= set(listed.read_text().split())

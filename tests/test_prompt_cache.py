@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +19,20 @@ from hypothesis import strategies as st
 from mlx_openelm import (
     InputError,
     OpenELM,
+    OpenELMConfig,
     PromptCache,
+    cache_file,
     generate,
     make_logits_processors,
     stream_generate,
 )
 from mlx_openelm.decoding import prefill
+from mlx_openelm.hub import DEMO
 from mlx_openelm.prompt_cache import fingerprint
 from mlx_openelm.tokenizer import Tokenizer
 
 from .conftest import Run
-from .models import CONFIGS, random_model
+from .models import CONFIGS, UNEVEN, random_model
 
 Demo = tuple[OpenELM, Tokenizer]
 TALE = "Once upon a time there was a king who had a daughter. One day she went into the forest"
@@ -120,10 +128,11 @@ def test_a_context_that_slides_is_reused_or_read_anew(demo: Demo) -> None:
     longer = [*ids, *answer]
     last = list(stream_generate(model, tokenizer, longer, 3, prompt_cache=cache))[-1]
     assert last.cached_tokens == len(longer) - 1
-    other = list(stream_generate(model, tokenizer, ids[:-9], 8, prompt_cache=cache))
-    assert other[-1].cached_tokens == 0
-    alone = list(stream_generate(model, tokenizer, ids[:-9], 8, max_kv_size=32))
-    assert [r.token for r in other] == [r.token for r in alone]
+    for beyond, cached in ((9, len(ids) - 10), (70, 0)):
+        other = list(stream_generate(model, tokenizer, ids[:-beyond], 8, prompt_cache=cache))
+        assert other[-1].cached_tokens == cached
+        alone = list(stream_generate(model, tokenizer, ids[:-beyond], 8, max_kv_size=32))
+        assert [r.token for r in other] == [r.token for r in alone]
     with pytest.raises(InputError, match="slides .max_kv_size. can't be saved"):
         cache.save("never")
 
@@ -141,8 +150,8 @@ def test_a_file_holds_the_same_cache(demo: Demo, tmp_path: Path, kv_bits: int | 
     loaded = PromptCache.load(tmp_path / "cache", model)
     assert loaded.held == cache.held
     assert loaded.cache.offset == cache.cache.offset
-    for name, array in cache.cache.state().items():
-        assert mx.array_equal(loaded.cache.state()[name], array).item()
+    for name, array in cache.cache.state.items():
+        assert mx.array_equal(loaded.cache.state[name], array).item()
     assert generate(model, tokenizer, ids, max_tokens=8, prompt_cache=loaded) == text
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
@@ -151,6 +160,45 @@ def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
     model = random_model(CONFIGS["uneven"])
     PromptCache(model).save(tmp_path / "empty")
     assert PromptCache.load(tmp_path / "empty", model).tokens == []
+
+
+def changes(arrays: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """Simple changes of weights, by name: each another model."""
+    layer = "transformer.layers.1."
+    matrix, other = layer + "attn.out_proj.weight", "transformer.layers.2.attn.out_proj.weight"
+    table, norm = "transformer.token_embeddings.weight", layer + "attn_norm.weight"
+    q_norm, k_norm = layer + "attn.q_norm.weight", layer + "attn.k_norm.weight"
+    w, size = arrays[matrix], arrays[matrix].shape[0]
+    square = w[:, :size]
+    two = mx.array(w)
+    two[0, 0], two[0, 1] = w[0, 1], w[0, 0]
+    opposite = mx.array(w)
+    opposite[0, 0] += 0.5
+    opposite[1, 0] -= 0.5
+    rectangle = mx.array(w)  # keeps the sums of all rows and columns
+    for row, column, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
+        rectangle[row, column] += sign * 0.25
+    changed = {
+        "another sign": {matrix: -w},
+        "the sign of a row": {matrix: mx.concatenate([-w[:1], w[1:]])},
+        "the sign of two columns": {matrix: mx.concatenate([-w[:, :2], w[:, 2:]], axis=1)},
+        "rows in another order": {matrix: w[::-1]},
+        "columns in another order": {matrix: w[:, ::-1]},
+        "rows of the embeddings": {table: arrays[table][::-1]},
+        "two values swapped": {matrix: two},
+        "two changes that cancel": {matrix: opposite},
+        "four changes that cancel": {matrix: rectangle},
+        "twice a row": {matrix: mx.concatenate([2 * w[:1], w[1:]])},
+        "a square transposed": {matrix: mx.concatenate([square.T, w[:, size:]], axis=1)},
+        "two norms swapped": {q_norm: arrays[k_norm] * 2, k_norm: arrays[q_norm]},
+        "a norm reversed": {norm: (arrays[norm] * mx.arange(arrays[norm].size))[::-1]},
+        "rolled": {matrix: mx.roll(w, 1, axis=1)},
+        "a zero's sign": {norm: mx.zeros_like(arrays[norm])},
+        "another zero's sign": {norm: -mx.zeros_like(arrays[norm])},
+    }
+    if arrays[other].shape == w.shape:
+        changed["two layers swapped"] = {matrix: arrays[other], other: w}
+    return {name: {**arrays, **new} for name, new in changed.items()}
 
 
 def test_the_fingerprint_changes_with_any_weight_and_with_the_configuration() -> None:
@@ -164,12 +212,23 @@ def test_the_fingerprint_changes_with_any_weight_and_with_the_configuration() ->
         flat = array.flatten()
         flat[5] = 0.5
         seen.add(fingerprint(OpenELM(config, {**arrays, name: flat.reshape(array.shape)})))
-    swapped = arrays["transformer.token_embeddings.weight"][::-1]
-    seen.add(
-        fingerprint(OpenELM(config, {**arrays, "transformer.token_embeddings.weight": swapped}))
-    )
     seen.add(fingerprint(OpenELM(config, arrays, dtype=mx.float16)))
+    more = replace(config, rope_freq_constant=20000.0)
+    seen.add(fingerprint(OpenELM(more, arrays)))
     assert len(seen) == 3 + len(arrays)
+
+
+def test_no_simple_change_of_weights_keeps_the_fingerprint() -> None:
+    even = OpenELMConfig(
+        **{**UNEVEN, "num_query_heads": (4,) * 3, "num_kv_heads": (2,) * 3}  # type: ignore[arg-type]
+    )
+    for config in (CONFIGS["uneven"], even):
+        model = random_model(config)
+        seen = {"nothing": fingerprint(model)}
+        for name, arrays in changes(model.parameters()).items():
+            seen[name] = fingerprint(OpenELM(config, arrays))
+        assert len(set(seen.values())) == len(seen)
+    assert "two layers swapped" in seen
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -194,16 +253,167 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         file.write_bytes(whole[:size])
         with pytest.raises(InputError, match=f"^{file}: "):
             PromptCache.load(file, model)
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(InputError, match="a damaged prompt cache"):
+        PromptCache.load(file, model)
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(3)})
     with pytest.raises(InputError, match="not a prompt cache that this version has written"):
         PromptCache.load(tmp_path / "other.safetensors", model)
+
+
+Header = dict[str, Any]
+
+
+def header_of(file: Path) -> tuple[Header, bytes]:
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
+
+
+def signed(header: Header, data: bytes) -> bytes:
+    """A file that says so, with the digest that its writer would have given it."""
+    values = header["__metadata__"]
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    values.pop("sha256", None)
+    parts = {n: data[slice(*e["data_offsets"])] for n, e in entries.items()}
+    values["sha256"] = cache_file._digest(values, entries, parts)
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + data
+
+
+def entry(header: Header) -> Any:
+    return header["layers.1.0"]
+
+
+HOSTILE: dict[str, Callable[[Header], object]] = {
+    "a shape": lambda h: entry(h).update(shape=[1, 4, 4, 8_000_000]),
+    "a shape of the same size": lambda h: entry(h).update(shape=[1, 4, 8, 4]),
+    "a negative shape": lambda h: entry(h).update(shape=[1, -4, -4, 8]),
+    "a dtype": lambda h: entry(h).update(dtype="F16"),
+    "an unknown dtype": lambda h: entry(h).update(dtype="X9"),
+    "offsets beyond the end": lambda h: entry(h).update(data_offsets=[1 << 40, (1 << 40) + 512]),
+    "offsets that overlap": lambda h: entry(h).update(data_offsets=[0, 512]),
+    "offsets backwards": lambda h: entry(h).update(data_offsets=[512, 0]),
+    "an array too many": lambda h: h.update({"layers.3.0": dict(entry(h))}),
+    "an array missing": lambda h: h.pop("layers.1.0"),
+    "tokens beyond the vocabulary": lambda h: h["__metadata__"].update(tokens="[1, 2, 3, 96]"),
+    "a negative token": lambda h: h["__metadata__"].update(tokens="[1, 2, 3, -1]"),
+    "too few tokens": lambda h: h["__metadata__"].update(tokens="[1, 2, 3]"),
+    "tokens that are none": lambda h: h["__metadata__"].update(tokens='"abcd"'),
+    "a length": lambda h: h["__metadata__"].update(length="999999999999"),
+    "no length": lambda h: h["__metadata__"].pop("length"),
+    "kv": lambda h: h["__metadata__"].update(kv="[8, 64]"),
+    "kv that is none": lambda h: h["__metadata__"].update(kv="{}[", length="4"),
+    "nesting": lambda h: h["__metadata__"].update(kv="[" * 100_000),
+    "a configuration": lambda h: h["__metadata__"].update(config="{}"),
+    "metadata": lambda h: h["__metadata__"].update(metadata="[1]"),
+    "metadata that aren't text": lambda h: h["__metadata__"].update(metadata='{"a": 1}'),
+    "metadata of the header": lambda h: h.update(__metadata__=[]),
+    "a model that is a number": lambda h: h["__metadata__"].update(model=5),
+    "integers": lambda h: (
+        h["__metadata__"].update(dtype="U32"),
+        [h[f"layers.{i}.0"].update(dtype="U32") for i in range(3)],
+    ),
+    "a number for a text": lambda h: h["__metadata__"].update(config=5),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line(tmp_path: Path, change: str) -> None:
+    model = random_model(CONFIGS["uneven"])
+    file = tmp_path / "cache"
+    filled(model, [1, 2, 3, 4]).save(file)
+    header, data = header_of(file)
+    assert signed(json.loads(json.dumps(header)), data)
+    file.write_bytes(signed(json.loads(json.dumps(header)), data))
+    PromptCache.load(file, model)  # as the writer would have written it
+    HOSTILE[change](header)
+    try:
+        content = signed(header, data)
+    except (AttributeError, TypeError):  # not even signed
+        encoded = json.dumps(header).encode()
+        content = len(encoded).to_bytes(8, "little") + encoded + data
+    file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        PromptCache.load(file, model)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_is_too_long_or_no_file_is_refused(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["uneven"])
+    file = tmp_path / "cache"
+    for content in (b"\xff" * 8 + b"{}", (1 << 40).to_bytes(8, "little"), b"\0" * 8, b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="not a prompt cache"):
+            PromptCache.load(file, model)
+    os.mkfifo(tmp_path / "fifo")
+    cache = filled(model, [1, 2])
+    for name in ("fifo", "."):
+        with pytest.raises(InputError, match="not a regular file"):
+            PromptCache.load(tmp_path / name, model)
+        with pytest.raises(InputError, match="not a regular file"):
+            cache.save(tmp_path / name)
+
+
+def test_threads_save_to_the_same_file(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["uneven"])
+    caches = [filled(model, [1 + i, 2, 3, 4 + i]) for i in range(4)]
+    for cache in caches:
+        mx.eval(cache.cache.buffers)
+    file = tmp_path / "cache"
+    errors: list[BaseException] = []
+
+    def save(cache: PromptCache) -> None:
+        try:
+            for _ in range(10):
+                cache.save(file)
+                PromptCache.load(file, model)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(cache,)) for cache in caches * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert PromptCache.load(file, model).held in [cache.held for cache in caches]
+
+
+def test_saving_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(CONFIGS["uneven"])
+    file = tmp_path / "cache"
+    filled(model, [1, 2]).save(file)
+    before = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="can't be written .No space left"):
+        filled(model, [3, 4]).save(file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_link_is_kept_and_its_file_replaced(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["uneven"])
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "cache")
+    filled(model, [1, 2]).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert PromptCache.load(tmp_path / "there" / "cache", model).held == [1, 2]
 
 
 def test_a_file_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     cache = filled(random_model(CONFIGS["uneven"]), [1, 2])
     with pytest.raises(InputError, match="can't be written .No such file or directory"):
         cache.save(tmp_path / "nowhere" / "cache")
-    with pytest.raises(InputError, match="can't be read .No such file"):
+    with pytest.raises(InputError, match="missing: No such file"):
         PromptCache.load(tmp_path / "missing", cache.model)
 
 
@@ -221,6 +431,7 @@ def test_the_command_skips_what_the_file_has(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
         ((*kept, "--model", "demo-draft"), f"{file}: the prompt cache of another model"),
         (("--prompt-cache-file", __file__), "not a prompt cache"),
+        (("--prompt-cache-file", str(DEMO / "demo" / "model.safetensors")), "not a prompt cache"),
         (("--prompt-cache-file", str(tmp_path / "no" / "x")), "no: no such directory"),
         ((*kept, "--kv-bits", "8"), f"{file}: was written without --kv-bits"),
         ((*kept, "--max-kv-size", "64"), "--prompt-cache-file can't be combined"),

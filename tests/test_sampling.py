@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_openelm import InputError, make_logits_processors, make_sampler
-from mlx_openelm.sampling import keep_min_p, keep_top_k, keep_top_p
+from mlx_openelm.sampling import Draws, Xtc, keep_min_p, keep_top_k, keep_top_p
 
 logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40, unique=True).map(
     lambda row: np.array([row], np.float32)
@@ -209,6 +209,55 @@ def test_penalties_out_of_range_are_refused() -> None:
         make_logits_processors(frequency_penalty=1, frequency_context_size=0)
     with pytest.raises(InputError, match="for ids below 4"):
         processed([0], [0.0, 0.0, 0.0, 0.0], logit_bias={4: 1.0})
+
+
+def test_xtc_leaves_the_least_likely_of_the_choices() -> None:
+    logprobs = mx.log(mx.array([[0.4, 0.3, 0.15, 0.1, 0.05]]))
+
+    def kept(xtc: Xtc, coin: float = 0.0) -> list[int]:
+        row = xtc(logprobs, mx.array([[coin]]))[0].tolist()
+        return [i for i, value in enumerate(row) if value > -math.inf]  # type: ignore[operator]
+
+    assert kept(Xtc(1.0, 0.12)) == [2, 3, 4]
+    assert kept(Xtc(1.0, 0.12, (0, 4096))) == [0, 2, 3, 4]
+    assert kept(Xtc(1.0, 0.5)) == [0, 1, 2, 3, 4]
+    assert kept(Xtc(1.0, 0.35)) == [0, 1, 2, 3, 4]  # one choice stays
+    assert kept(Xtc(0.3, 0.12), coin=0.31) == [0, 1, 2, 3, 4]
+    assert kept(Xtc(0.3, 0.12), coin=0.29) == [2, 3, 4]
+
+
+def test_xtc_applies_as_often_as_it_should_and_to_each_row() -> None:
+    logprobs = mx.log(mx.array([[0.6, 0.4]] * 4000))
+    sampler = make_sampler(1.0, xtc_probability=0.25, xtc_threshold=0.1, seed=5)
+    share = mx.mean(sampler(logprobs) == 0).item()
+    assert share == pytest.approx(0.6 * 0.75, abs=0.03)
+
+
+def test_a_seeded_xtc_draw_depends_on_its_number_only() -> None:
+    logprobs = mx.log(mx.array([[0.3, 0.3, 0.2, 0.2]] * 12))
+
+    def sampler() -> Draws:
+        made = make_sampler(1.0, xtc_probability=0.5, seed=3)
+        assert isinstance(made, Draws)
+        return made
+
+    one, all_at_once = sampler(), sampler().ahead(logprobs).tolist()
+    assert [one(row[None]).item() for row in logprobs] == all_at_once
+    later = sampler()
+    later.advance(0)
+    assert later.ahead(logprobs[5:], 5).tolist() == all_at_once[5:]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"xtc_probability": 1.1}, "xtc_probability must be between 0 and 1"),
+        ({"xtc_probability": 0.1, "xtc_threshold": 0.6}, "xtc_threshold must be between 0 and 0.5"),
+    ],
+)
+def test_xtc_out_of_range_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_sampler(0.7, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"temp": 0.8}, {"temp": 1.5, "top_k": 9}, {"temp": 0.05}])

@@ -95,12 +95,12 @@ def command(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     checkpoint = open_checkpoint(args.source, args)
     tell_notes([*checkpoint.notes, *_quantized_already(checkpoint.source, args.strict)])
-    tokenizer = _tokenizer(args.tokenizer, checkpoint.source)
+    tokenizer = tokenizer_of(args.tokenizer, checkpoint.source)
     options = Options(
         dtype=args.dtype,
         recipe=recipe,
         trim_vocab=args.trim_vocab,
-        chat=args.chat or "instruct" in args.source.lower(),
+        chat=args.chat or is_instruct(args.source),
         allow_nonfinite=args.allow_nonfinite,
     )
     with progress(size(checkpoint.tensors)) as report:
@@ -182,8 +182,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _tokenizer(given: str | None, source: Source) -> Path | None:
+def tokenizer_of(given: str | None, source: Source) -> Path | None:
     """The directory or file of the tokenizer to put beside the weights."""
     if given is not None:
         return resolve_tokenizer(given)
     return None if source.tokenizer is None else source.tokenizer.parent
+
+
+def is_instruct(name: str) -> bool:
+    """Whether a checkpoint's name says that it is an Instruct model."""
+    return "instruct" in name.lower()

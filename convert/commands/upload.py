@@ -31,19 +31,34 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Check the directory, upload it in one commit, print the address."""
-    if not args.directory.is_dir():
-        if str(args.directory) in BUNDLED:
-            raise InputError(
-                f"{args.directory}: comes with mlx-openelm and is not uploaded; name a directory"
-            )
-        raise InputError(f"{args.directory}: no such directory")
-    files = _files(args.directory)
-    load_model(args.directory, lazy=True)
-    if CARD not in files:
-        card = model_card(args.directory, args.repo, args.base_model, args.license)
-        files[CARD] = card.encode()
-    print(upload(args.repo, files, args.private))
+    print(upload_directory(args.directory, args.repo, args.base_model, args.license, args.private))
     return 0
+
+
+def upload_directory(
+    directory: Path,
+    repo: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    private: bool = False,
+) -> str:
+    """Check a model directory and upload it in one commit; returns the commit's address.
+
+    Raises:
+        InputError: when it isn't a model directory, or nobody may write to `repo`.
+        OpenELMError: when uploading fails.
+    """
+    if not directory.is_dir():
+        if str(directory) in BUNDLED:
+            raise InputError(
+                f"{directory}: comes with mlx-openelm and is not uploaded; name a directory"
+            )
+        raise InputError(f"{directory}: no such directory")
+    files = _files(directory)
+    load_model(directory, lazy=True)
+    if CARD not in files:
+        files[CARD] = model_card(directory, repo, base_model, license).encode()
+    return upload(repo, files, private)
 
 
 def _files(directory: Path) -> dict[str, Path | bytes]:

@@ -1,5 +1,16 @@
 """Text from a prompt: `python -m mlx_openelm.generate`, and the function of that name."""
 
-from ..decoding import generate, stream_generate
+from ..batching import BatchResponse, batch_generate
+from ..decoding import generate_step
+from ..speculative import speculative_generate_step
+from ..stream import GenerationResponse, generate, stream_generate
 
-__all__ = ["generate", "stream_generate"]
+__all__ = [
+    "BatchResponse",
+    "GenerationResponse",
+    "batch_generate",
+    "generate",
+    "generate_step",
+    "speculative_generate_step",
+    "stream_generate",
+]

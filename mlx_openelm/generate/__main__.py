@@ -22,8 +22,8 @@ from .. import (
 from ..chat import CHAT_TEMPLATE
 from ..checkpoint import load, load_draft
 from ..command import Parser, add_debug, exit_status, interruptible, path, run, tell, unicode
-from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
+from ..stream import GenerationResponse, stream_generate, summary
 from ..streams import print_json, read_stdin
 
 

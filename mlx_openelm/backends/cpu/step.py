@@ -7,7 +7,8 @@ from ctypes import POINTER, byref, cast
 
 import mlx.core as mx
 
-from ...cache import KVCache, view
+from ...buffers import view
+from ...cache import KVCache
 from ...config import OpenELMConfig
 from ...errors import InputError
 from ...quantization import Matrix
@@ -162,15 +163,16 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
 
 
 def _caches(cache: KVCache) -> ctypes.Array[library.Cache]:
-    """Where the buffers are; new ones are evaluated and made contiguous."""
-    if cache.addresses is None or cache.addresses[0] is not cache.buffers:
-        cache.buffers = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
+    """Where the buffers are; new ones become the cache's own, and are evaluated and contiguous."""
+    if cache.addresses is None:
+        cache.own()
+        cache.buffers[:] = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
         mx.eval(cache.buffers)
-        structs = (library.Cache * len(cache.buffers))(
+        cache.addresses = (library.Cache * len(cache.buffers))(
             *(library.Cache(*map(_address, buffer)) for buffer in cache.buffers)
         )
-        cache.addresses = cache.buffers, structs
-    return cache.addresses[1]
+    structs: ctypes.Array[library.Cache] = cache.addresses
+    return structs
 
 
 def _address(array: mx.array) -> int:

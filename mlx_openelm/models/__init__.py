@@ -1,0 +1,1 @@
+"""The place of mlx-lm's `models`: only `cache` is here."""
