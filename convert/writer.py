@@ -19,6 +19,7 @@ from mlx_openelm import __version__
 from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_bytes
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
@@ -89,6 +90,7 @@ def convert(
     options: Options,
     *,
     tokenizer: Path | None = None,
+    files: Mapping[str, Path] | None = None,
     source: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress = lambda name, done: None,
@@ -101,6 +103,7 @@ def convert(
         out: the directory to make.
         options: what to make of them.
         tokenizer: a SentencePiece file, or a tokenizer.json, to put beside the weights.
+        files: copied into the directory by these names, in place of what it would have.
         source: what the tensors came from, for `conversion.json`.
         force: replace `out` if it exists.
         progress: told about every block.
@@ -143,6 +146,8 @@ def convert(
         save_config(directory, config, quantization)
         if tokenizer is not None:
             done.notes += _write_tokenizer(tokenizer, directory, options.chat)
+        for name, file in (files or {}).items():
+            (directory / name).write_bytes(read_bytes(file))
         if hashes is not None:
             done.hashing_seconds = hashes.seconds
             record = _record(done, options, source or {}, tensors, layout, hashes, tokenizer)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from . import device
+from .adapter_files import has_tokenizer, open_adapter, read_safetensors
+from .adapters import apply_adapter
 from .config import OpenELMConfig
 from .errors import InputError
 from .files import read_json
-from .hub import resolve, resolve_tokenizer
+from .hub import resolve, resolve_source, resolve_tokenizer
 from .model import OpenELM
 from .quantization import Quantization
 from .shards import SHARD_BYTES, Spec, new_shards, raw, write_json
@@ -29,6 +31,7 @@ def load(
     path_or_hf_repo: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    adapter_path: str | Path | None = None,
     revision: str | None = None,
     lazy: bool = False,
     seconds: dict[str, float] | None = None,
@@ -39,6 +42,9 @@ def load(
         path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
         tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
             tokenizer of its own, or in place of it.
+        adapter_path: directory (or Hugging Face id) of an adapter, mlx-lm's or PEFT's, which is
+            merged into the weights (see `adapters.apply_adapter`). A tokenizer in it takes the
+            place of the model's.
         revision: branch, tag or commit of the Hugging Face repository.
         lazy: leave the weights on disk until they are first used.
         seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
@@ -50,10 +56,13 @@ def load(
     from .tokenizer import load_tokenizer
 
     directory = resolve(path_or_hf_repo, revision)
-    source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
+    adapter = None if adapter_path is None else resolve_source(adapter_path)
+    source = directory if adapter is None or not has_tokenizer(adapter) else adapter
+    if tokenizer is not None:
+        source = resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
     reading = beside(lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source)))
-    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy))
+    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy, adapter=adapter))
     loaded = reading()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
     return model, loaded
@@ -137,8 +146,10 @@ def check_vocabulary(pieces: int, rows: int, where: str) -> None:
         )
 
 
-def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
+def load_model(directory: Path, *, lazy: bool = False, adapter: Path | None = None) -> OpenELM:
     """The model in a directory, in the dtype that suits the device.
+
+    `adapter` is the directory of one that is merged into it.
 
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
@@ -153,6 +164,9 @@ def load_model(directory: Path, *, lazy: bool = False) -> OpenELM:
         drop_redundant_head(arrays, str(files.get("lm_head.weight")))
     norm = arrays.get("transformer.norm.weight")
     dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
+    if adapter is not None:
+        opened = open_adapter(adapter, {".safetensors": read_safetensors})
+        arrays, config, quantization = apply_adapter(opened, arrays, config, quantization)
     try:
         model = OpenELM(config, arrays, quantization, dtype)
     except InputError as error:

@@ -13,7 +13,6 @@ status is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -34,13 +33,14 @@ import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
+from mlx_openelm.adapter_files import alpha_over_rank, is_adapter, open_adapter, split
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
-from mlx_openelm.convert.commands.checkpoint import open_checkpoint
+from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
+from mlx_openelm.convert.checkpoint import READERS, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
-from mlx_openelm.convert.sources.peft import is_peft, open_peft
 from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
 from mlx_openelm.quantization import Scheme, quantize
@@ -179,16 +179,15 @@ def changed(data: bytes, name: str, chance: random.Random) -> tuple[str, bytes]:
 
 def read(path: Path) -> dict[str, bytes]:
     """Every tensor's bytes, of an adapter those of the merged model."""
-    if is_peft(path):
-        adapter = open_peft(path)
-        plain, adapters = split(adapter.tensors)
-        weights = base() | map_names(plain)[0]
-        tensors, _, _ = merge(weights, adapters, adapter.scale, infer(weights))
+    if is_adapter(path):
+        weights = base()
+        tensors, _, _ = merge_adapter(weights, open_adapter(path, READERS), infer(weights))
     else:
-        tensors, adapters = split(open_source(path).tensors)
-        if adapters:
+        tensors, parts = split(open_source(path).tensors)
+        if parts:
             weights = map_names(tensors)[0]
-            tensors, _, _ = merge(weights, adapters, alpha_over_rank(3), infer(weights))
+            adapter = corenet_adapter(path, parts, alpha_over_rank(3))
+            tensors, _, _ = merge_adapter(weights, adapter, infer(weights))
     found = {name: raw(lazy.read()) for name, lazy in tensors.items()}
     assert sum(map(len, found.values())) <= 100 * (size(path) + size(FIXTURES / "float32.pt"))
     return found
@@ -223,10 +222,8 @@ def outcome(path: Path, tensors: dict[str, bytes]) -> str:
 
 def convert_all(path: Path) -> None:
     """Make a model directory of it, beside it."""
-    adapter = is_peft(path) or split(open_source(path).tensors)[1]
-    args = argparse.Namespace(config=None, ema=False, lora_alpha=None, revision=None)
-    args.base = str(FIXTURES / "float32.pt") if adapter else None
-    checkpoint = open_checkpoint(str(path), args)
+    adapter = is_adapter(path) or split(open_source(path).tensors)[1]
+    checkpoint = open_checkpoint(path, base=FIXTURES / "float32.pt" if adapter else None)
     out = path.with_name("output")
     convert(checkpoint.tensors, checkpoint.config, out, Options(), force=True)
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
+from mlx_openelm.adapter_files import alpha_over_rank, split, updates
+from mlx_openelm.adapters import Adapter
+from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter, product
 from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
-from mlx_openelm.convert.sources.peft import open_peft
 from mlx_openelm.errors import InputError
 
 from .conftest import Run

@@ -17,7 +17,7 @@ from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
 from ..writer import Conversion, Options, convert
-from .checkpoint import add_source_options, open_checkpoint, tell_notes
+from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
 
@@ -80,7 +80,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Open the source, convert it, say what was done."""
     recipe = _recipe(args)
-    checkpoint = open_checkpoint(args.source, args)
+    checkpoint = checkpoint_of(args.source, args)
     tell_notes([*checkpoint.notes, *_quantized_already(checkpoint.source, args.strict)])
     tokenizer = _tokenizer(args.tokenizer, checkpoint.source)
     options = Options(
@@ -97,6 +97,7 @@ def command(args: argparse.Namespace) -> int:
             args.out,
             options,
             tokenizer=tokenizer,
+            files=checkpoint.source.files,
             source=_source(args, checkpoint.source),
             force=args.force,
             progress=report,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -84,7 +84,8 @@ class Source:
 
     `kind` says what it is in words. `tensors` has the source's names, each quantized matrix as
     what it stands for, and `quantization` how that was done. What a source doesn't have is None;
-    `tokenizer` is a SentencePiece file or a `tokenizer.json`.
+    `tokenizer` is a SentencePiece file or a `tokenizer.json`; `files`, by their name in a model
+    directory, take the place of those that lie beside it.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class Source:
     config: OpenELMConfig | None = None
     tokenizer: Path | None = None
     quantization: Quantization | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 def item_size(dtype: str) -> int:
