@@ -81,7 +81,7 @@ def corenet_adapter(
     Raises:
         InputError: when a part is missing.
     """
-    return Adapter(path, "LoRA or DoRA adapter", updates(parts, scale), keeps_head=True)
+    return Adapter(path, "LoRA or DoRA adapter", updates(path, parts, scale), keeps_head=True)
 
 
 def _put(base: LazyTensor, indices: list[int], values: LazyTensor) -> LazyTensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_openelm.adapter_files import (
-    TOKENIZERS,
     Scale,
     alpha_over_rank,
     is_adapter,
     open_adapter,
+    own_tokenizer,
     split,
 )
 from mlx_openelm.config import OpenELMConfig
@@ -142,7 +142,7 @@ class _Opening:
         source = replace(
             found.source,
             kind=f"{adapter.kind}, merged into its base",
-            tokenizer=_first(path, TOKENIZERS) or found.source.tokenizer,
+            tokenizer=own_tokenizer(path) or found.source.tokenizer,
             files={**found.source.files, **{n: f for n in _TEXTS if (f := find_in(path, n))}},
         )
         return Checkpoint(source, tensors, config, [*found.notes, *notes])
@@ -195,10 +195,6 @@ class _Opening:
 
 def _without_head(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     return without_redundant_head(checkpoint.tensors, checkpoint.config)[0]
-
-
-def _first(directory: Path, names: tuple[str, ...]) -> Path | None:
-    return next((file for name in names if (file := find_in(directory, name))), None)
 
 
 def _is_yaml(path: Path) -> bool:

@@ -19,7 +19,6 @@ from .errors import InputError
 from .files import file_size, find_in, read_json, shown
 
 CONFIG = "adapter_config.json"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # What a directory's tensors are read with, by the ending of the file's name
 Readers = Mapping[str, Callable[[Path], dict[str, T]]]
 
@@ -33,9 +32,18 @@ def is_adapter(path: Path) -> bool:
     return path.is_dir() and find_in(path, CONFIG) is not None
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has a tokenizer of its own."""
-    return any(find_in(directory, name) is not None for name in TOKENIZERS)
+def own_tokenizer(directory: Path) -> Path | None:
+    """The file of a directory's own tokenizer, if it has one.
+
+    Raises:
+        InputError: when it isn't a regular file, or a link that leads out of the directory.
+    """
+    for name in ("tokenizer.model", "tokenizer.json"):
+        file = find_in(directory, name)
+        if file is not None:
+            file_size(file)
+            return file
+    return None
 
 
 def open_adapter(path: Path, readers: Readers[T], alpha: float | None = None) -> Adapter[T]:
@@ -161,8 +169,8 @@ def split(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, Parts[T]]]:
     return plain, adapters
 
 
-def updates(adapters: Mapping[str, Parts[T]], scale: Scale) -> dict[str, Update[T]]:
-    """What each module's adapter adds, by the name of its weight.
+def updates(path: Path, adapters: Mapping[str, Parts[T]], scale: Scale) -> dict[str, Update[T]]:
+    """What each module's adapter in `path` adds, by the name of its weight.
 
     Raises:
         InputError: when a part is missing or doesn't go with the others; names the module.
@@ -173,9 +181,11 @@ def updates(adapters: Mapping[str, Parts[T]], scale: Scale) -> dict[str, Update[
         prefix = "lora_embedding_" if embedding else "lora_"
         for part in ("A", "B"):
             if prefix + part not in parts:
-                raise InputError(f"the adapter of {shown(module)} has no {prefix}{part}")
+                raise InputError(f"{path}: the adapter of {shown(module)} has no {prefix}{part}")
         if len(parts) > 2 + ("lora_magnitude_vector" in parts):
-            raise InputError(f"the adapter of {shown(module)} has parts that don't go together")
+            raise InputError(
+                f"{path}: the adapter of {shown(module)} has parts that don't go together"
+            )
         a, b = parts[prefix + "A"], parts[prefix + "B"]
         rank = a.shape[0] if a.shape else 0
         # An embedding is a linear layer's matrix transposed; so are PEFT's factors of it.
@@ -218,7 +228,7 @@ def _open_peft(
     return Adapter(
         path,
         "PEFT adapter",
-        updates(adapters, scale),
+        updates(path, adapters, scale),
         plain,
         rows,
         _text(settings.get("base_model_name_or_path")),

@@ -145,7 +145,12 @@ def merge(
     merged = {**base, **adapter.tensors}
     for name, (indices, values) in adapter.rows.items():
         matrix = _target(merged, name, adapter)
-        _check_rows(name, matrix.shape, indices, values.shape)
+        _check_rows(
+            f"{adapter.path}: the trained rows of {shown(name)}",
+            matrix.shape,
+            indices,
+            values.shape,
+        )
         merged[name] = put(matrix, indices, values)
     tied = config.share_input_output_layers
     config = adapted_config(adapter, config)
@@ -153,7 +158,9 @@ def merge(
         merged.setdefault(HEAD, _target(merged, EMBEDDINGS, adapter))
     for name, update in adapter.updates.items():
         matrix = _target(merged, name, adapter)
-        _check_update(name, matrix.shape, update)
+        _check_update(
+            f"{adapter.path}: {shown(name.removesuffix('.weight'))}", matrix.shape, update
+        )
         merged[name] = add(matrix, update)
     return merged, config
 
@@ -166,30 +173,29 @@ def _target(tensors: Mapping[str, T], name: str, adapter: Adapter[T]) -> T:
 
 
 def _check_rows(
-    name: str, shape: tuple[int, ...], indices: list[int], values: tuple[int, ...]
+    where: str, shape: tuple[int, ...], indices: list[int], values: tuple[int, ...]
 ) -> None:
     if len(shape) != 2 or values != (len(indices), shape[-1]):
         raise InputError(
-            f"the trained rows of {shown(name)} have the shape {list(values)}, but "
-            f"{len(indices)} rows of a matrix of {list(shape)} are named"
+            f"{where} have the shape {list(values)}, but {len(indices)} rows of a matrix of "
+            f"{list(shape)} are named"
         )
     if not all(0 <= index < shape[0] for index in indices):
-        raise InputError(f"the trained rows of {shown(name)} lie beyond its {shape[0]} rows")
+        raise InputError(f"{where} lie beyond its {shape[0]} rows")
     if len(set(indices)) != len(indices):
-        raise InputError(f"a row of {shown(name)} is trained twice")
+        raise InputError(f"{where} name a row twice")
 
 
-def _check_update(name: str, shape: tuple[int, ...], update: Update[T]) -> None:
+def _check_update(where: str, shape: tuple[int, ...], update: Update[T]) -> None:
     left, right = update.left.shape, update.right.shape
     rows, columns = shape if len(shape) == 2 else (0, 0)
     rank = left[0 if update.transposed else -1] if left else 0
     wanted = (rows, rank), (rank, columns)
     if update.transposed:
         wanted = wanted[0][::-1], wanted[1][::-1]
-    module = shown(name.removesuffix(".weight"))
     if not rank or (left, right) != wanted:
         raise InputError(
-            f"the adapter of {module} has the shapes {list(left)} and {list(right)}, which don't "
+            f"{where} has an adapter of the shapes {list(left)} and {list(right)}, which don't "
             f"fit a matrix of {list(shape)}"
         )
     if update.magnitude is None:
@@ -198,8 +204,8 @@ def _check_update(name: str, shape: tuple[int, ...], update: Update[T]) -> None:
     if update.magnitude.shape not in ((count,), (count, 1), (1, count)):
         axis = "columns" if update.by_column else "rows"
         raise InputError(
-            f"the magnitudes of {module} have the shape {list(update.magnitude.shape)}; the "
-            f"matrix has {count} {axis}"
+            f"{where} has magnitudes of the shape {list(update.magnitude.shape)}; the matrix has "
+            f"{count} {axis}"
         )
 
 
@@ -233,7 +239,8 @@ def apply_adapter(
     arrays = dict(arrays)
     adapter = adapter.renamed(lambda name: _name_in(arrays, name))
     changed = adapted_config(adapter, config)
-    if config.share_input_output_layers and not changed.share_input_output_layers:
+    untied = config.share_input_output_layers and not changed.share_input_output_layers
+    if untied and EMBEDDINGS not in adapter.tensors:
         quantization = _untie(arrays, quantization)
     for name in {*adapter.updates, *adapter.tensors, *adapter.rows}:
         _dequantize(arrays, name.removesuffix(".weight"), quantization)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from . import device
-from .adapter_files import has_tokenizer, open_adapter, read_safetensors
+from .adapter_files import open_adapter, own_tokenizer, read_safetensors
 from .adapters import apply_adapter
 from .config import OpenELMConfig
 from .errors import InputError
@@ -57,7 +57,7 @@ def load(
 
     directory = resolve(path_or_hf_repo, revision)
     adapter = None if adapter_path is None else resolve_source(adapter_path)
-    source = directory if adapter is None or not has_tokenizer(adapter) else adapter
+    source = adapter if adapter is not None and own_tokenizer(adapter) else directory
     if tokenizer is not None:
         source = resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds

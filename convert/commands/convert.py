@@ -16,7 +16,7 @@ from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
-from ..writer import Conversion, Options, convert
+from ..writer import CHAT_FILE, Conversion, Options, convert
 from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
@@ -170,9 +170,6 @@ def _chats(name: str, source: Source) -> bool:
     """Whether this is an Instruct model: its name says so, or it has a chat template."""
     if "instruct" in name.lower():
         return True
-    directory = source.path
-    return (
-        bool(source.tokenizer)
-        and directory.is_dir()
-        and load_tokenizer(directory).has_chat_template
+    return source.tokenizer is not None and (
+        CHAT_FILE in source.files or load_tokenizer(source.tokenizer.parent).has_chat_template
     )
