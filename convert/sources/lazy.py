@@ -17,7 +17,7 @@ from mlx_openelm.quantization import Quantization
 
 # A directory, header or pickle larger than this (bytes) is refused before it is read: those of
 # OpenELM-3B's full training checkpoint have under 300 kB.
-MAX_HEADER = 8 << 20
+MAX_HEADER = 4 << 20
 BLOCK_BYTES = 8 << 20  # of a tensor, in memory at once while converting
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 2**31 - 1  # MLX's shapes are int32
