@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from . import device
-from .adapter_files import open_adapter, own_tokenizer, read_safetensors
+from .adapter_files import is_adapter, open_adapter, own_tokenizer, read_safetensors
 from .adapters import apply_adapter
 from .config import OpenELMConfig
 from .errors import InputError
@@ -56,6 +56,11 @@ def load(
     from .tokenizer import load_tokenizer
 
     directory = resolve(path_or_hf_repo, revision)
+    if is_adapter(directory) and not (directory / "config.json").exists():
+        raise InputError(
+            f"{directory}: an adapter, not a model; load the model that it was trained on, with "
+            "this as its adapter_path"
+        )
     adapter = None if adapter_path is None else resolve_source(adapter_path)
     source = adapter if adapter is not None and own_tokenizer(adapter) else directory
     if tokenizer is not None:

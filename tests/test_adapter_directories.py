@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 from mlx_openelm import InputError, OpenELM, load
-from mlx_openelm.adapter_files import open_adapter
-from mlx_openelm.checkpoint import load_model, save_model
+from mlx_openelm.adapter_files import open_adapter, read_safetensors
+from mlx_openelm.adapters import apply_adapter
+from mlx_openelm.checkpoint import load_model, read_arrays, save_model
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.convert import checkpoint as checkpoint_module
 from mlx_openelm.convert.adapters import product
 from mlx_openelm.convert.checkpoint import READERS, Checkpoint, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
@@ -229,18 +231,18 @@ def mlx_model(config: OpenELMConfig) -> Any:
 
 
 def directory(path: Path, name: str, scheme: Scheme | None) -> tuple[Path, OpenELM]:
-    """A model directory of random weights, its attention quantized or not."""
+    """A model directory of random weights, with what can be quantized in that scheme."""
     model = random_model(CONFIGS[name])
     arrays = model.parameters()
     path.mkdir()
     if scheme is None:
         save_model(path, model.config, arrays)
         return path, model
-    plain: dict[str, Scheme | None] = {"transformer.token_embeddings": None, "lm_head": None}
+    plain: dict[str, Scheme | None] = {}
     stored = {}
     for key, array in arrays.items():
         module = key.removesuffix(".weight")
-        if array.ndim == 2 and module not in plain and array.shape[1] % scheme.group_size == 0:
+        if array.ndim == 2 and array.shape[1] % scheme.group_size == 0:
             stored |= {f"{module}.{part}": a for part, a in quantize(array, scheme).arrays()}
         else:
             stored[key], plain[module] = array, None
@@ -355,8 +357,62 @@ def test_mlx_settings_that_are_refused(
         assert message in str(error.value)
 
 
+def test_tied_quantized_embeddings_stay_the_output_matrix(tmp_path: Path) -> None:
+    """PEFT's LoRA of the embeddings leaves the output alone: that stays quantized."""
+    where, model = directory(tmp_path / "base", "uneven", Scheme(32, 4))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    a, b = mx.random.normal((2, 96)), mx.random.normal((32, 2))
+    module = "base_model.model.transformer.token_embeddings"
+    parts = {"lora_embedding_A": a, "lora_embedding_B": b}
+    mx.save_safetensors(
+        str(adapter / "adapter_model.safetensors"), {f"{module}.{k}": v for k, v in parts.items()}
+    )
+    stored, _ = read_arrays(where)
+    opened = open_adapter(adapter, {".safetensors": read_safetensors})
+    quantization = Quantization(Scheme(32, 4), {"transformer.norm": None})
+    arrays, _, changed = apply_adapter(opened, stored, model.config, quantization)
+    assert changed is not None and changed.scheme("lm_head") == Scheme(32, 4)
+    for part in ("weight", "scales", "biases"):
+        assert arrays[f"lm_head.{part}"] is stored[f"transformer.token_embeddings.{part}"]
+    loaded = load_model(where, adapter=adapter)
+    converted = open_checkpoint(adapter, base=where)
+    ours = OpenELM(converted.config, merged_arrays(converted))
+    difference = loaded(mx.array(TOKENS)) - ours(mx.array(TOKENS))
+    assert mx.abs(difference).max().item() < 2e-3
+    assert mx.abs(loaded(mx.array(TOKENS)) - load_model(where)(mx.array(TOKENS))).max().item() > 0.1
+
+
 # ---------------------------------------------------------------------------------------------
 # Directories
+
+
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an adapter, not a model"):
+        load(FIXTURES / "peft_lora")
+    with pytest.raises(InputError, match=r"adapter_config\.json is missing"):
+        load("demo", adapter_path=DEMO)
+
+
+def test_the_base_that_the_settings_name(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its id, at the revision that the adapter was trained on; --base has its own."""
+    asked = []
+
+    def resolve(name: str | Path, revision: str | None = None) -> Path:
+        asked.append((str(name), revision))
+        return base if str(name) == "someone/base" else Path(name)
+
+    monkeypatch.setattr(checkpoint_module, "resolve_source", resolve)
+    adapter = copied("peft_lora", tmp_path)
+    edit(adapter, base_model_name_or_path="someone/base", revision="v2")
+    open_checkpoint(adapter, revision="main")
+    assert asked == [(str(adapter), "main"), ("someone/base", "v2")]
+    asked.clear()
+    open_checkpoint(adapter, base=base)
+    assert asked == [(str(adapter), None), (str(base), None)]
 
 
 def test_load_takes_the_adapter_and_its_tokenizer(tmp_path: Path) -> None:
