@@ -19,17 +19,22 @@ from .errors import InputError
 from .files import file_size, find_in, read_json, shown
 
 CONFIG = "adapter_config.json"
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MLX_FILE = "adapters.safetensors"
 # What a directory's tensors are read with, by the ending of the file's name
 Readers = Mapping[str, Callable[[Path], dict[str, T]]]
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path is an adapter's directory.
+    """Whether a path is an adapter's directory, not a model's in which an adapter was merged.
 
     Raises:
         InputError: when it has a link that leads out of it.
     """
-    return path.is_dir() and find_in(path, CONFIG) is not None
+    if not path.is_dir() or find_in(path, CONFIG) is None:
+        return False
+    files = (*_PEFT_FILES, _MLX_FILE)
+    return any(find_in(path, n) for n in files) or find_in(path, "config.json") is None
 
 
 def own_tokenizer(directory: Path) -> Path | None:
@@ -64,12 +69,12 @@ def open_adapter(path: Path, readers: Readers[T], alpha: float | None = None) ->
     settings = read_json(config, 1 << 20)
     if "peft_type" in settings:
         return _open_peft(path, settings, readers, alpha)
-    if find_in(path, "adapters.npz") and not find_in(path, "adapters.safetensors"):
+    if find_in(path, "adapters.npz") and not find_in(path, _MLX_FILE):
         raise InputError(
             f"{path}: adapters.npz is an old format of mlx-lm; save it again: "
             "mx.save_safetensors('adapters.safetensors', mx.load('adapters.npz'))"
         )
-    return _open_mlx(path, settings, _read(path, ("adapters.safetensors",), readers), alpha)
+    return _open_mlx(path, settings, _read(path, (_MLX_FILE,), readers), alpha)
 
 
 def read_safetensors(file: Path) -> dict[str, mx.array]:
@@ -103,7 +108,6 @@ def _read(path: Path, names: tuple[str, ...], readers: Readers[T]) -> dict[str, 
 # ---------------------------------------------------------------------------------------------
 # PEFT
 
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Settings under which merging would need other formulas, and the values that don't. Of those that
 # aren't here, OpenELM's layers make nothing (`bias`, `fan_in_fan_out`), or the tensors say it.
 _NEUTRAL: dict[str, tuple[object, ...]] = {

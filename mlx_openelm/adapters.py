@@ -19,6 +19,8 @@ from .files import shown
 from .quantization import Matrix, Quantization
 
 EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
+# Modules that DDP, torch.compile, FSDP and activation checkpointing put around others
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Shaped(Protocol):
@@ -249,7 +251,8 @@ def apply_adapter(
 
 
 def _name_in(arrays: Mapping[str, mx.array], name: str) -> str | None:
-    """A weight's name in a model directory; PEFT and CoreNet put more or less before it."""
+    """A weight's name in a model directory; wrappers, PEFT and CoreNet put more or less before."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     name = name.removeprefix("base_model.model.")
     for candidate in (name, f"transformer.{name}"):
         if candidate in arrays or candidate == HEAD:

@@ -34,7 +34,15 @@ import mlx.core as mx
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-from mlx_openelm.adapter_files import alpha_over_rank, is_adapter, open_adapter, split
+from mlx_openelm import OpenELM
+from mlx_openelm.adapter_files import (
+    alpha_over_rank,
+    is_adapter,
+    open_adapter,
+    read_safetensors,
+    split,
+)
+from mlx_openelm.adapters import apply_adapter
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS, open_checkpoint
@@ -64,6 +72,7 @@ def write_kinds(parent: Path) -> list[Path]:
     paths = {name: parent / name for name in ("sharded", "bin", "mlx", "mxfp4", "apple")}
     for path in paths.values():
         path.mkdir()
+    paths["mlx_lora"] = parent / "mlx_lora"
     mx.save_safetensors(str(parent / "file.safetensors"), {"a": mx.ones((2, 3)), "b": mx.zeros(4)})
 
     halves = dict(list(arrays.items())[:9]), dict(list(arrays.items())[9:])
@@ -93,8 +102,14 @@ def write_kinds(parent: Path) -> list[Path]:
     }
     for name, values in configs.items():
         write_json(paths[name] / "config.json", values)
+    paths["mlx_lora"].mkdir()
+    module = "transformer.layers.0.attn.out_proj"
+    parts = {f"{module}.lora_a": mx.ones((4, 2)), f"{module}.lora_b": mx.ones((2, 8))}
+    mx.save_safetensors(str(paths["mlx_lora"] / "adapters.safetensors"), parts)
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.0}}
+    write_json(paths["mlx_lora"] / "adapter_config.json", settings)
     fixtures = ("layouts.pt", "float16.pt", "training_checkpoint_last.pt")
-    adapters = ("lora.pt", "dora.pt", "peft_lora", "peft_dora")
+    adapters = ("lora.pt", "dora.pt", "peft_lora", "peft_dora", "peft_tokens_resized")
     return [
         *(FIXTURES / name for name in (*fixtures, *adapters)),
         parent / "file.safetensors",
@@ -182,6 +197,7 @@ def read(path: Path) -> dict[str, bytes]:
     if is_adapter(path):
         weights = base()
         tensors, _, _ = merge_adapter(weights, open_adapter(path, READERS), infer(weights))
+        in_memory(path, weights)
     else:
         tensors, parts = split(open_source(path).tensors)
         if parts:
@@ -191,6 +207,14 @@ def read(path: Path) -> dict[str, bytes]:
     found = {name: raw(lazy.read()) for name, lazy in tensors.items()}
     assert sum(map(len, found.values())) <= 100 * (size(path) + size(FIXTURES / "float32.pt"))
     return found
+
+
+def in_memory(path: Path, weights: dict[str, LazyTensor]) -> None:
+    """Merge an adapter as the runtime does when it loads a model."""
+    arrays = {name: tensor.read() for name, tensor in weights.items()}
+    adapter = open_adapter(path, {".safetensors": read_safetensors})
+    merged, config, _ = apply_adapter(adapter, arrays, infer(weights), None)
+    OpenELM(config, merged)
 
 
 def infer(tensors: dict[str, LazyTensor]) -> OpenELMConfig:

@@ -135,7 +135,7 @@ def test_lora_on_an_output_matrix_that_was_tied(base: Path, tmp_path: Path) -> N
 
 
 def test_names_as_in_memory(base: Path, tmp_path: Path) -> None:
-    """What a training loop saves itself has PEFT's wrappers in its names."""
+    """What a training loop saves itself has PEFT's and others' wrappers in its names."""
     adapter = copied("peft_parameters", tmp_path)
     file = str(adapter / "adapter_model.safetensors")
     arrays = mx.load(file)
@@ -149,10 +149,12 @@ def test_names_as_in_memory(base: Path, tmp_path: Path) -> None:
             renamed[f"{module}.modules_to_save.default.weight"] = array
             renamed[f"{module}.original_module.weight"] = mx.zeros_like(array)
     mx.eval(renamed)
-    mx.save_safetensors(file, renamed)
+    mx.save_safetensors(file, {f"module.{name}": array for name, array in renamed.items()})
     wanted = merged_arrays(open_checkpoint(FIXTURES / "peft_parameters", base=base))
+    loaded = load_model(base, adapter=adapter).parameters()
     for key, array in merged_arrays(open_checkpoint(adapter, base=base)).items():
         assert mx.array_equal(array, wanted[key])
+        assert mx.abs(loaded[key] - wanted[key]).max().item() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_settings_that_make_no_sense(
 
 
 def mlx_adapter(
-    path: Path, config: OpenELMConfig, kind: str, keys: list[str] | None = None, **more: Any
+    path: Path, config: OpenELMConfig, kind: str, keys: list[str] | None = None, norms: bool = False
 ) -> Path:
     """What mlx-lm's training writes, with random factors."""
     from mlx.utils import tree_flatten
@@ -201,7 +203,7 @@ def mlx_adapter(
     parameters: dict[str, Any] = {"rank": 4, "scale": 5.0, "dropout": 0.0}
     if keys is not None:
         parameters["keys"] = keys
-    settings = {"fine_tune_type": kind, "num_layers": 3, "lora_parameters": parameters, **more}
+    settings = {"fine_tune_type": kind, "num_layers": 3, "lora_parameters": parameters}
     path.mkdir()
     (path / CONFIG).write_text(json.dumps(settings))
     mx.random.seed(0)
@@ -209,7 +211,7 @@ def mlx_adapter(
         arrays = {
             name: array + 0.1 * mx.random.normal(array.shape)
             for name, array in tree_flatten(model.parameters())
-            if ".layers.2." in name or "token_embeddings" in name
+            if (".layers.2." in name and not norms) or array.ndim == 1
         }
     else:
         from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -265,11 +267,10 @@ def test_the_logits_of_mlx_lms_load(
 ) -> None:
     utils = pytest.importorskip("mlx_lm.utils")
     where, model = directory(tmp_path / "base", name, scheme)
-    if scheme is not None and kind == "full":
-        pytest.skip("mlx-lm doesn't train quantized matrices")
     if keys is not None and name == "untied":
         keys = [*keys, "lm_head"]
-    adapter = mlx_adapter(tmp_path / "adapter", model.config, kind, keys)
+    # of a quantized model, mlx-lm trains the norms alone in full
+    adapter = mlx_adapter(tmp_path / "adapter", model.config, kind, keys, norms=bool(scheme))
     theirs, _ = utils.load_model(where)
     theirs = utils.load_adapters(theirs, str(adapter))
     theirs.eval()
@@ -413,6 +414,31 @@ def test_the_base_that_the_settings_name(
     asked.clear()
     open_checkpoint(adapter, base=base)
     assert asked == [(str(adapter), None), (str(base), None)]
+    asked.clear()
+    (adapter / CONFIG).write_text('{"fine_tune_type": "full", "model": "someone/base"}')
+    mx.save_safetensors(
+        str(adapter / "adapters.safetensors"), {"transformer.norm.weight": mx.ones(8)}
+    )
+    open_checkpoint(adapter)
+    assert asked == [(str(adapter), None), ("someone/base", None)]
+
+
+def test_a_model_into_which_an_adapter_was_merged_is_a_model(tmp_path: Path, base: Path) -> None:
+    merged = Path(shutil.copytree(base, tmp_path / "merged"))
+    shutil.copy(FIXTURES / "peft_lora" / CONFIG, merged)
+    assert open_checkpoint(merged).config == open_checkpoint(base).config
+
+
+def test_a_home_directory_in_each_path(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copied("peft_lora", tmp_path)
+    shutil.copy(base / "config.json", tmp_path / "c.json")
+    shutil.copy(BASE, tmp_path)
+    found = open_checkpoint("~/peft_lora", base="~/float32.pt", config=Path("~/c.json"))
+    assert found.source.kind == "PEFT adapter, merged into its base"
+    load_model(base, adapter=tmp_path / "peft_lora")
 
 
 def test_load_takes_the_adapter_and_its_tokenizer(tmp_path: Path) -> None:
