@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_openelm.adapter_files import Parts, Scale, updates
+from mlx_openelm.adapter_peft import Parts, Scale, updates
 from mlx_openelm.adapters import Adapter, Update, merge
 from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError

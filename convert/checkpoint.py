@@ -6,14 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_openelm.adapter_files import (
-    Scale,
-    alpha_over_rank,
-    is_adapter,
-    open_adapter,
-    own_tokenizer,
-    split,
-)
+from mlx_openelm.adapter_files import is_adapter, open_adapter, own_tokenizer
+from mlx_openelm.adapter_peft import Scale, alpha_over_rank, split
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in, user_path

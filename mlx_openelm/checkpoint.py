@@ -56,7 +56,7 @@ def load(
     from .tokenizer import load_tokenizer
 
     directory = resolve(path_or_hf_repo, revision)
-    if is_adapter(directory) and not (directory / "config.json").exists():
+    if is_adapter(directory):
         raise InputError(
             f"{directory}: an adapter, not a model; load the model that it was trained on, with "
             "this as its adapter_path"

@@ -35,13 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 from mlx_openelm import OpenELM
-from mlx_openelm.adapter_files import (
-    alpha_over_rank,
-    is_adapter,
-    open_adapter,
-    read_safetensors,
-    split,
-)
+from mlx_openelm.adapter_files import is_adapter, open_adapter, read_safetensors
+from mlx_openelm.adapter_peft import alpha_over_rank, split
 from mlx_openelm.adapters import apply_adapter
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter

@@ -124,7 +124,7 @@ def test_lora_on_an_output_matrix_that_was_tied(base: Path, tmp_path: Path) -> N
         str(adapter / "adapter_model.safetensors"),
         {f"base_model.model.lm_head.{part}.weight": array for part, array in parts.items()},
     )
-    edit(adapter, lora_alpha=6)
+    edit(adapter, lora_alpha=6, use_dora=False)
     embeddings = open_source(BASE).tensors["token_embeddings.weight"].read()
     for found in (
         merged_arrays(open_checkpoint(adapter, base=base)),
@@ -170,6 +170,7 @@ def test_names_as_in_memory(base: Path, tmp_path: Path) -> None:
         ({"alpha_pattern": {"(.|.)" * 20: 1}}, "too involved to be read here"),
         ({"alpha_pattern": {"[": 1}}, "no regular expression"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"use_dora": True}, "which doesn't go with the tensors of"),
         ({"peft_type": ["LORA"]}, "peft_type is"),
         ({"lora_alpha": True, "alpha_pattern": None}, "is 'True', not a number"),
     ],
@@ -423,10 +424,24 @@ def test_the_base_that_the_settings_name(
     assert asked == [(str(adapter), None), ("someone/base", None)]
 
 
-def test_a_model_into_which_an_adapter_was_merged_is_a_model(tmp_path: Path, base: Path) -> None:
-    merged = Path(shutil.copytree(base, tmp_path / "merged"))
-    shutil.copy(FIXTURES / "peft_lora" / CONFIG, merged)
-    assert open_checkpoint(merged).config == open_checkpoint(base).config
+@pytest.mark.parametrize("name", ["peft_lora", None])
+def test_a_model_with_an_adapter_beside_it_is_a_model(
+    tmp_path: Path, base: Path, name: str | None
+) -> None:
+    """As an adapter it can still be named."""
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    for file in (FIXTURES / "peft_lora").iterdir():
+        if name or file.name == CONFIG:
+            shutil.copy(file, both)
+    wanted = load_model(base).parameters()
+    opened = [merged_arrays(open_checkpoint(both))]
+    if name is None:
+        opened.append(load_model(both).parameters())
+    for found in opened:
+        assert found.keys() == wanted.keys()
+        assert all(mx.array_equal(array, wanted[key]) for key, array in found.items())
+    if name:
+        assert "lm_head.weight" in load_model(base, adapter=both).parameters()
 
 
 def test_a_home_directory_in_each_path(

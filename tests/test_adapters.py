@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm.adapter_files import alpha_over_rank, open_adapter, split
+from mlx_openelm.adapter_files import open_adapter
+from mlx_openelm.adapter_peft import alpha_over_rank, split
 from mlx_openelm.checkpoint import load_model, read_arrays
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS
