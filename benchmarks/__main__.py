@@ -5,12 +5,11 @@ Without a command: the bundled model and a random 270M, within two minutes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 
 from mlx_openelm import __version__
-from mlx_openelm.command import add_debug, run
+from mlx_openelm.command import Parser, add_debug, interruptible, run
 
 # Command -> its module, and what it does
 COMMANDS = {
@@ -27,9 +26,12 @@ DEFAULT = "default"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status. Only its own module is imported."""
-    given = sys.argv[1:] if argv is None else argv
+    return run(_command, argv)
+
+
+def _command(given: list[str]) -> int | None:
     chosen = next((word for word in given if word in COMMANDS), None)
-    parser = argparse.ArgumentParser(prog="python -m mlx_openelm.benchmarks", description=__doc__)
+    parser = Parser(prog="python -m mlx_openelm.benchmarks", description=__doc__)
     parser.add_argument("--version", action="version", version=f"mlx-openelm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     module = import_module(f".{COMMANDS[chosen][0] if chosen else DEFAULT}", __package__)
@@ -42,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             p.description = module.DESCRIPTION
             module.add_arguments(p)
             add_debug(p)
-    return run(module.command, parser.parse_args(given))
+    args = parser.parse_args(given)
+    with interruptible():
+        status: int | None = module.command(args)
+    return status
 
 
 if __name__ == "__main__":

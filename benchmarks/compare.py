@@ -27,10 +27,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mlx_openelm.command import path
 
 from .report.findings import Row, kind_heading, measured_machine, rows
 from .report.wording import (
@@ -48,6 +49,7 @@ from .report.wording import (
 )
 from .results import Calibration, Results, Trial, read
 from .statistics import CONFIDENCE, RESAMPLES, Ratio
+from .tables import show as print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,8 +192,8 @@ def _interval(before: Row, after: Row, divided_by: str, comparisons: int) -> Rat
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
-    p.add_argument("a", type=Path, metavar="A.json", help="the run before")
-    p.add_argument("b", type=Path, metavar="B.json", help="the run after")
+    p.add_argument("a", type=path, metavar="A.json", help="the run before")
+    p.add_argument("b", type=path, metavar="B.json", help="the run after")
     p.add_argument(
         "--fail-on-slower",
         action="store_true",
@@ -246,7 +248,7 @@ def show(a: Results, b: Results, changes: Sequence[Change], console: Console) ->
             table.add_row(
                 Text(label), *(Text(c, style=styles.get(change.verdict, "")) for c in cells)
             )
-    console.print(table)
+    print_table(console, table)
     say(
         "A and B: medians as measured, tokens/s (s: seconds). The ratio is what is left of their "
         "difference when the machine's own is divided out; its interval holds at 95 % for all rows "

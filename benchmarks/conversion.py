@@ -26,8 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.command import path
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import make_directory
 
 from .machine import describe
 from .statistics import ratio, summarize
@@ -48,9 +50,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="OpenELM-270M", choices=list(PUBLISHED), help="its shape")
     p.add_argument("--trials", type=int, default=5, metavar="N", help="default: 5")
     p.add_argument(
-        "--dir", type=Path, metavar="DIR", help="where the files go (default: a temporary folder)"
+        "--dir", type=path, metavar="DIR", help="where the files go (default: a temporary folder)"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    p.add_argument("--json", type=path, metavar="FILE", help="write the numbers here too")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -58,6 +60,8 @@ def command(args: argparse.Namespace) -> int:
     if args.trials < 1:
         raise InputError(f"--trials must be at least 1, not {args.trials}")
     config = OpenELMConfig.from_name(args.model, VOCAB_SIZE)
+    for folder in filter(None, (args.dir, args.json and args.json.parent)):
+        make_directory(folder)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         results = measure(config, Path(folder), args.trials)
     machine = describe()
@@ -142,9 +146,9 @@ def _ratio(results: dict[str, list[dict[str, float]]]) -> str:
 
 def with_mlx_openelm(source: Path, out: Path, hashes: bool) -> float:
     """Convert with this project; returns seconds."""
-    from mlx_openelm.convert.names import map_names
     from mlx_openelm.convert.sources import open_source
     from mlx_openelm.convert.writer import Options, convert
+    from mlx_openelm.names import map_names
 
     start = time.perf_counter()
     tensors, _ = map_names(open_source(source).tensors)

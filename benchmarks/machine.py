@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import blas
+from mlx_openelm.backends import cpu
 
 from .results import UNKNOWN, Machine
 
@@ -37,6 +37,8 @@ NOMINAL: dict[str, float | dict[int, float]] = {
     "Apple M4 Pro": 273,
     "Apple M4 Max": {32: 410, 40: 546},
     "Apple M5": 153,
+    "Apple M5 Pro": 307,
+    "Apple M5 Max": {32: 460, 40: 614},
 }
 PACKAGES = ("mlx-openelm", "mlx", "numpy", "mlx-lm", "xllamacpp", "torch")
 _SYSCTL = ("machdep.cpu.brand_string", "hw.physicalcpu", "hw.memsize", "kern.osproductversion")
@@ -83,10 +85,10 @@ def mlx_device() -> str:
 
 
 def blas_name() -> str:
-    """The BLAS that MLX uses on the CPU."""
+    """What multiplies matrices on the CPU."""
     if _on_mac():
         return "Accelerate"
-    return blas.in_use or "MLX's own (reference)"
+    return "MLX's own (reference)" if cpu.missing() else "own products"
 
 
 def versions() -> dict[str, str]:

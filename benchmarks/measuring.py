@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.config import OpenELMConfig, token_ids
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
@@ -281,10 +281,11 @@ def _compare(
     rows: Mapping[str, Sequence[Row]], said: Mapping[str, list[list[int]]], config: OpenELMConfig
 ) -> None:
     """Say where greedy tokens part from this project's. (llama-bench tells none.)"""
+    end = [*token_ids(config.eos_token_id), 2][0]
     for peer in said.keys() - {OURS}:
         if OURS in said and any(said[peer]):
             for row in rows[peer]:
-                row.differs = parting(said[OURS], said[peer], config.eos_token_id)
+                row.differs = parting(said[OURS], said[peer], end)
 
 
 def parting(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], end: int) -> str | None:

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__, device, kernels
-from mlx_openelm.checkpoint import read_arrays
+from mlx_openelm import __version__, device
+from mlx_openelm.backends.cpu import PACKED_BITS
+from mlx_openelm.checkpoint import read_config, read_entries
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.convert.checkpoint import open_directory
 from mlx_openelm.convert.recipe import Recipe, make_scheme, plan
 from mlx_openelm.convert.writer import Options, convert, output_layout
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_json
 from mlx_openelm.hub import BUNDLED, DEMO, resolve
-from mlx_openelm.quantization import MODES, Quantization
+from mlx_openelm.quantization import MODES
 from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.stored_quantization import foreign_method, stored_quantization
 
 from .checkpoints import random_checkpoint, widened
 from .peers import OURS
@@ -137,9 +138,11 @@ def held_bytes(one: Target, peer: str) -> int:
         return 4 * model.parameters
     if peer != OURS:
         return model.bytes
-    if model.stored in DTYPES:
+    if model.stored in DTYPES and not policy.native:
         return (policy.dtype or getattr(mx, model.stored)).size * model.parameters
-    packed = policy.native and model.stored in [f"{bits}bit" for bits in kernels.PACKED_BITS]
+    if model.stored in DTYPES:
+        return model.bytes
+    packed = policy.native and model.stored in [f"{bits}bit" for bits in PACKED_BITS]
     return model.bytes if packed or not policy.dequantize(one.config) else 4 * model.parameters
 
 
@@ -180,17 +183,18 @@ def _bundled(base: str) -> Path:
 
 
 def _of_directory(name: str, directory: Path) -> Target:
-    values = read_json(directory / "config.json")
-    config = OpenELMConfig.from_dict(values, str(directory / "config.json"))
-    arrays, _ = read_arrays(directory)
-    size = sum(array.nbytes for array in arrays.values())
-    schemes = values.get("quantization")
-    if isinstance(schemes, dict):
-        default = Quantization.from_dict(schemes).default
+    values = read_config(directory)
+    where = str(directory / "config.json")
+    config = OpenELMConfig.from_dict(values, where)
+    entries = read_entries(directory, foreign_method(values))
+    size = sum(entry.nbytes for entry in entries.values())
+    quantization = stored_quantization(values, where)
+    if quantization is not None:
+        default = quantization.default
         stored = f"{default.bits}bit" if default.mode == "affine" else default.mode
     else:
-        norm = arrays.get("transformer.norm.weight")
-        stored = str(norm.dtype).removeprefix("mlx.core.") if norm is not None else "float32"
+        norm = entries.get("transformer.norm.weight")
+        stored = norm.dtype if norm is not None else "float32"
     shape = next((s for s in PUBLISHED if _same_shape(s, config)), directory.name)
     return Target(Model(name, shape, stored, parameters(config), size), config)
 

@@ -22,7 +22,12 @@ def progress() -> Iterator[Begin]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeLeft())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeLeft(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
         def begin(what: str, steps: int) -> Advance:

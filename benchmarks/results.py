@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_json
 
 SCHEMA = 1
 UNKNOWN = "unknown"
@@ -180,13 +181,8 @@ def read(file: Path) -> Results:
         InputError: when it isn't a results file, is of another schema version, or a field is
             missing or of the wrong type; names the file and the field.
     """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
-    except RecursionError:
-        raise InputError(f"{file}: too deeply nested") from None
-    if not isinstance(values, dict) or "schema" not in values:
+    values = read_json(file)
+    if "schema" not in values:
         raise InputError(f"{file}: not a results file of the benchmarks (no schema in it)")
     if values["schema"] != SCHEMA or values["schema"] is True:
         raise InputError(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mlx_openelm.command import INTERRUPTED, tell
+from mlx_openelm.command import exit_status, path, tell
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import make_directory
 
 from . import calibration, machine, report, results
 from .measuring import measure_model
@@ -88,7 +89,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path,
         metavar="OUT",
         help="directory for results.json, report.md and report.html",
     )
@@ -133,6 +134,10 @@ def measure(
     Returns:
         The exit status: 130 after Ctrl-C, which leaves results that are marked partial.
     """
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"--time must be more than 0 seconds, not {seconds:g}")
+    if output:
+        make_directory(output)
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     command = ["python", "-m", __package__, *sys.argv[1:]]
@@ -140,9 +145,7 @@ def measure(
     session.notes += busy(os.getloadavg()[0], session.machine.cores)
     peers = installed(session, peers)
     check_memory(targets, peers, session.machine.memory_bytes)
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
-    interrupted = False
+    status = 0
     try:
         with progress() as begin:
             begin("calibration", 1)()
@@ -156,14 +159,14 @@ def measure(
                 if output:
                     results.write(session.results(partial=True), output / "results.json")
             session.look_again()
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as interrupt:
+        status = exit_status(interrupt)
         tell("interrupted; what was measured is kept")
-    found = session.results(partial=interrupted)
+    found = session.results(partial=status != 0)
     report.table(found, Console())
     if output:
         _write(found, output)
-    return INTERRUPTED if interrupted else 0
+    return status
 
 
 def _write(found: results.Results, output: Path) -> None:

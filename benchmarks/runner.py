@@ -15,13 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import allocator, blas
 from mlx_openelm.errors import OpenELMError
 
-from .peers import OURS, PEERS, Workload
+from .peers import Workload
 
-# A peer runs as its users run it: this package, which a worker imports, changes nothing for it
-_AS_INSTALLED = {blas.VARIABLE: "0", allocator.VARIABLE: "0"}
 # Seconds before a trial: thread pools (OpenBLAS, OpenMP, llama.cpp's) go on spinning after their
 # work for up to a tenth, and would take the cores from the runtime whose turn it is
 SETTLING = 0.1
@@ -51,11 +48,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={
-                **os.environ,
-                **(_AS_INSTALLED if peer in PEERS and peer != OURS else {}),
-                **(environment or {}),
-            },
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
         try:

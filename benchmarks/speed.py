@@ -2,8 +2,8 @@
 
     python -m mlx_openelm.benchmarks speed [--only WORDS] [-o OUT]
 
-Every row is a ratio of two contestants that take turns, each in a process that stays up. "same
-BLAS": both compute with the BLAS that this project finds; otherwise each runs as it is installed.
+Every row is a ratio of two contestants that take turns, each in a process that stays up. "with
+OpenBLAS": the system's OpenBLAS is preloaded for mlx-lm; otherwise each runs as it is installed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_openelm import blas
+from mlx_openelm.command import path
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import make_directory, read_json
 from mlx_openelm.tokenizer import load_tokenizer
 
 from . import machine, startup
@@ -29,16 +31,19 @@ from .models import model_directory
 from .peers import OURS, Workload, is_installed
 from .runner import Worker
 from .statistics import Ratio, ratio
+from .tables import show
 from .workloads import PROMPTS, REPEATING, random_prompts
 
 DESCRIPTION = "This project's figures: its speed against mlx-lm, PyTorch and itself, in turns."
-SAME_BLAS = {blas.VARIABLE: ""}  # what this project finds, in a peer too
+# A peer with the system's OpenBLAS in place of the reference BLAS of MLX's wheel
+OPENBLAS = {"LD_PRELOAD": find_library("openblas") or ""}
 DEMO, WIDE, TINY, LARGE = (
     "demo:float32",
     "wide-demo:float32",
     "random:28x64:float32",
     "random:OpenELM-270M",
 )
+SPEED = "speed.json"
 TIME_LIMIT = 600.0  # seconds for one trial: reference BLAS takes minutes for a prompt
 
 Value = Callable[[dict[str, Any], Workload], float]
@@ -125,14 +130,14 @@ FIGURES = (
         100,
     ),
     Figure(
-        "decode, 28 layers of model_dim 64, float32, same BLAS",
+        "decode, 28 layers of model_dim 64, float32, with OpenBLAS",
         "mlx-lm",
         3.5,
         TINY,
         decode,
         8,
         100,
-        environment=SAME_BLAS,
+        environment=OPENBLAS,
     ),
     Figure(
         "decode, demo, float32, each by default",
@@ -144,24 +149,24 @@ FIGURES = (
         100,
     ),
     Figure(
-        "decode, demo, float32, same BLAS",
+        "decode, demo, float32, with OpenBLAS",
         "mlx-lm",
         2.2,
         DEMO,
         decode,
         8,
         100,
-        environment=SAME_BLAS,
+        environment=OPENBLAS,
     ),
     Figure(
-        "decode, 270M, float32, same BLAS",
+        "decode, 270M, float32, with OpenBLAS",
         "mlx-lm",
         1.05,
         LARGE + ":float32",
         decode,
         8,
         24,
-        environment=SAME_BLAS,
+        environment=OPENBLAS,
     ),
     Figure(
         "decode, 270M, 4-bit, each by default",
@@ -214,14 +219,14 @@ FIGURES = (
         1,
     ),
     Figure(
-        "prefill 512, demo, same BLAS",
+        "prefill 512, demo, with OpenBLAS",
         "mlx-lm",
         1.2,
         DEMO,
         prefill,
         512,
         1,
-        environment=SAME_BLAS,
+        environment=OPENBLAS,
     ),
     Figure(
         "8 sequences at once, demo, each by default",
@@ -234,7 +239,7 @@ FIGURES = (
         8,
     ),
     Figure(
-        "8 sequences at once, demo, same BLAS",
+        "8 sequences at once, demo, with OpenBLAS",
         "mlx-lm",
         1.5,
         DEMO,
@@ -242,7 +247,7 @@ FIGURES = (
         32,
         64,
         8,
-        environment=SAME_BLAS,
+        environment=OPENBLAS,
     ),
     Figure(
         "speculative, demo with demo-draft, held-out tales",
@@ -285,7 +290,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--only", metavar="WORDS", default="", help="only rows with WORDS in 'NAME, against PEER'"
     )
     p.add_argument("--trials", type=int, metavar="N", help="of every row (default: 2 to 30)")
-    p.add_argument("-o", "--output", type=Path, metavar="OUT", help="write speed.json and .md here")
+    p.add_argument("-o", "--output", type=path, metavar="OUT", help="write speed.json and .md here")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -297,6 +302,10 @@ def command(args: argparse.Namespace) -> int:
     if not chosen and not further:
         names = "; ".join([*map(str, FIGURES), *FURTHER])
         raise InputError(f"no row has {args.only!r} in its name; there are: {names}")
+    found = machine.describe()
+    if args.output:  # before the minutes that measuring takes
+        make_directory(args.output)
+        _earlier(args.output / SPEED, asdict(found))
     tell = Console(stderr=True)
     outcomes: list[Outcome] = []
     for figure in chosen:
@@ -305,8 +314,8 @@ def command(args: argparse.Namespace) -> int:
     for name, row in further:
         tell.print(name, style="dim")
         outcomes.append(row(name, args.trials or 7))
-    found = machine.describe()
-    Console().print(table(outcomes, f"{found.chip}, {found.cores} cores, BLAS: {found.blas}"))
+    title = f"{found.chip}, {found.cores} cores, BLAS: {found.blas}"
+    show(Console(), table(outcomes, title))
     if args.output:
         write(outcomes, asdict(found), args.output)
     return 0
@@ -468,8 +477,7 @@ def write(outcomes: Sequence[Outcome], found: dict[str, Any], folder: Path) -> N
 
     Rows that the folder has of an earlier run on this machine stay, unless they were measured anew.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "speed.json"
+    file = folder / SPEED
     known = {outcome.name: outcome for outcome in outcomes}
     rows = list((_earlier(file, found) | known).values())
     values = [asdict(outcome) | {"verdict": outcome.verdict} for outcome in rows]
@@ -489,8 +497,11 @@ def _earlier(file: Path, found: dict[str, Any]) -> dict[str, Outcome]:
     """Name → row of the file that is there, if it is of the same machine."""
     if not file.exists():
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if any(values["machine"][name] != found[name] for name in ("chip", "cores", "blas")):
+    values = read_json(file)
+    machine_then = values.get("machine")
+    if not isinstance(machine_then, dict) or not isinstance(values.get("rows"), list):
+        raise InputError(f"{file}: not written by this command; choose another folder")
+    if any(machine_then.get(name) != found[name] for name in ("chip", "cores", "blas")):
         raise InputError(f"{file}: is of another machine or BLAS; choose another folder")
     rows = {}
     for row in values["rows"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from shutil import get_terminal_size
@@ -10,7 +11,7 @@ from textwrap import fill
 from typing import Any
 
 from mlx_openelm import __version__
-from mlx_openelm.command import add_debug, run
+from mlx_openelm.command import Parser, add_debug, interruptible, run
 
 PROGRAM = "openelm-convert"
 # Commands beside converting itself, each a module of `commands`
@@ -24,16 +25,25 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+    # Merged adapters, trial runs and `verify` need float32, and a GPU may multiply it in TF32. MLX
+    # looks at its first product.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    return run(_command, argv)
+
+
+def _command(arguments: list[str]) -> int | None:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    command = import_module(f".commands.{name or 'convert'}", __package__)
-    return run(command.command, parser(name, command).parse_args(arguments[bool(name) :]))
+    module = import_module(f".commands.{name or 'convert'}", __package__)
+    args = parser(name, module).parse_args(arguments[bool(name) :])
+    with interruptible():
+        status: int | None = module.command(args)
+    return status
 
 
 def parser(name: str | None, command: Any) -> argparse.ArgumentParser:
     """The parser of one of `COMMANDS`, or without a name of converting."""
     others = "".join(f"\n  {PROGRAM} {name:<8} {does}" for name, does in COMMANDS.items())
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"{PROGRAM} {name}" if name else PROGRAM,
         description=fill(command.DESCRIPTION, get_terminal_size().columns - 2),
         epilog=None if name else f"other commands (each has its --help):{others}",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,16 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_openelm.adapter_peft import Parts, Scale, updates
-from mlx_openelm.adapters import Adapter, Update, merge
+from mlx_openelm.adapters import Adapter, Update, by_canonical_names, merge
 from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import read_yaml, shown
+from mlx_openelm.safetensors import check_float
 
-from .names import canonical_name, map_names
 from .sources import LazyTensor
 from .sources.lazy import DTYPES, row_count
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _ELEMENTS = 1 << 19  # of a matrix, in float64 at once
 
 Float64 = npt.NDArray[np.float64]
@@ -53,12 +51,11 @@ def merge_adapter(
     Raises:
         InputError: when an adapter has no matrix to go to, or doesn't fit it; names it.
     """
-    saved, notes = map_names(adapter.tensors)
-    adapter = replace(replace(adapter, tensors={}).renamed(canonical_name), tensors=saved)
+    adapter, notes = by_canonical_names(adapter)
     merged, changed = merge(base, adapter, config, _add, _put)
     counts = {
         "the updates of {} matrices": len(adapter.updates),
-        "{} tensors that replace the base's": len(saved),
+        "{} tensors that replace the base's": len(adapter.tensors),
         "{} rows of tokens": sum(len(indices) for indices, _ in adapter.rows.values()),
     }
     done = ", ".join(text.format(count) for text, count in counts.items() if count)
@@ -85,21 +82,24 @@ def corenet_adapter(
 
 
 def _put(base: LazyTensor, indices: list[int], values: LazyTensor) -> LazyTensor:
-    _check_floats(base, values)
+    check_float(values)
     place = {index: i for i, index in enumerate(indices)}
 
     def rows(start: int, stop: int) -> mx.array:
         part = base.rows(start, stop)
-        for row in sorted(place.keys() & set(range(start, stop))):
-            part[row - start] = values.rows(place[row], place[row] + 1)[0].astype(part.dtype)
-        mx.eval(part)
+        with mx.stream(mx.cpu):  # a GPU has no float64
+            for row in sorted(place.keys() & set(range(start, stop))):
+                part[row - start] = values.rows(place[row], place[row] + 1)[0].astype(part.dtype)
+            mx.eval(part)
         return part
 
     return LazyTensor(base.name, base.shape, base.dtype, rows)
 
 
 def _add(base: LazyTensor, update: Update[LazyTensor]) -> LazyTensor:
-    _check_floats(base, update.left, update.right, update.magnitude)
+    for tensor in (base, update.left, update.right, update.magnitude):
+        if tensor is not None:
+            check_float(tensor)
 
     @cache
     def columns() -> Float64:
@@ -130,12 +130,6 @@ def _add(base: LazyTensor, update: Update[LazyTensor]) -> LazyTensor:
         return merged
 
     return LazyTensor(base.name, base.shape, base.dtype, rows)
-
-
-def _check_floats(*tensors: LazyTensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in _FLOATS:
-            raise InputError(f"tensor {shown(tensor.name)} is {tensor.dtype}, not floating point")
 
 
 def _step(base: LazyTensor) -> int:

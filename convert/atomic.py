@@ -1,151 +1,219 @@
-"""Output that is complete or not there: written beside its place, renamed at the end."""
+"""Output that is complete or not there: written beside its place, renamed at the end.
+
+Nothing is removed or replaced that this program hasn't written. A killed run leaves the old
+output or the new one at its place; without the system's exchange of two names, or in the work
+directory beside it.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from mlx_openelm.command import tell
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import sync
+
+from . import outputs
+from .rename import create, exchange
+from .targets import WhyNot, check_directory, check_file, check_ours, name_of
+
+_MARKER = "mlx-openelm-partial"
+"""A file in a work directory, as long as all that is in there may be removed."""
+_NEW, _ASIDE = "new", "old"
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def new_directory(out: Path, force: bool) -> Iterator[Path]:
+def new_directory(out: Path, force: bool, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """A directory beside `out` to write to, which takes `out`'s place at the end, all on disk.
 
-    After an error nothing is left of it, and `out` is as it was. What a process left that was
-    killed is removed by the next one with the same `out`: as long as a process lives, it holds a
-    lock on its directory.
+    After an error nothing is left of it, and `out` is as it was.
+
+    Args:
+        out: where it goes; may be an empty directory.
+        force: replace `out` if it is a directory that this program wrote.
+        reads: files and directories that are being read, which must not be replaced.
 
     Raises:
-        InputError: when `out` is a file, or isn't empty and `force` isn't given.
+        InputError: see `check_directory`; also when something appears at `out` meanwhile.
         OpenELMError: when it can't be written.
     """
-    check_target(out, force)
-    out = out.absolute()
-    with _beside(out) as partial:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if out.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-            lock = _lock(out)  # which goes along
-            try:
-                out.rename(old)
-                try:
-                    partial.rename(out)
-                except OSError:
-                    old.rename(out)
-                    raise
-                shutil.rmtree(old)
-            finally:
-                if lock is not None:
-                    os.close(lock)
-        else:
-            partial.rename(out)
+    place = check_directory(out, force, reads)
+    with _work(out, place) as work:
+        made = work / _NEW / place.name
+        made.mkdir()
+        yield made
+        _sync_tree(made)
+        _put(work, {place: outputs.why_not_ours}, force)
 
 
 @contextmanager
-def new_file(out: Path, force: bool) -> Iterator[Path]:
-    """A file beside `out` to write to, which takes `out`'s place at the end, as `new_directory`.
+def new_files(
+    outs: Mapping[Path, WhyNot], force: bool, reads: Iterable[Path] = ()
+) -> Iterator[list[Path]]:
+    """Files beside `outs` to write to, which take their places at the end: all of them or none.
+
+    Args:
+        outs: where they go, all in one directory; each with why what is there can't be replaced.
+        force: replace those that exist.
+        reads: as in `new_directory`.
 
     Raises:
-        InputError: when `out` is a directory, or exists and `force` isn't given.
-        OpenELMError: when it can't be written.
+        InputError: see `check_file`; also when something appears there meanwhile.
+        OpenELMError: when they can't be written.
     """
-    with _looking_into(out):
-        if out.is_dir():
-            raise InputError(f"{out} is a directory; a file is to be written")
-        if out.exists() and not force:
-            raise InputError(f"{out} exists (--force replaces it)")
-    with _beside(out) as partial:
-        yield partial / out.name
-        _sync(partial / out.name)
-        (partial / out.name).rename(out)
-
-
-def check_target(out: Path, force: bool) -> None:
-    """Refuse a directory to make that is a file, or that would be overwritten unasked.
-
-    Raises:
-        InputError: saying which.
-    """
-    with _looking_into(out):
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise InputError(f"{out} exists and is not a directory")
-        if out.is_dir() and any(out.iterdir()) and not force:
-            raise InputError(f"{out} exists and is not empty (--force replaces it)")
+    reads = list(reads)
+    places = {check_file(out, force, why, reads): why for out, why in outs.items()}
+    with _work(next(iter(outs)), next(iter(places))) as work:
+        made = [work / _NEW / place.name for place in places]
+        yield made
+        for file in made:
+            _sync(file)
+        _put(work, places, force)
 
 
 @contextmanager
-def _looking_into(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{out}: can't be looked into ({error.strerror})") from None
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A locked directory beside `out`, which is gone at the end unless it was renamed."""
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_remains(out)
-        partial, lock = _make(out)
-        partial.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror})") from None
-    try:
-        yield partial
-        _sync(out.parent)
-    except OSError as error:
-        raise OpenELMError(f"{out}: can't be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _work(out: Path, place: Path) -> Iterator[Path]:
+    """A locked work directory beside `place`, which is gone at the end."""
+    with ExitStack() as stack:
+        try:
+            _make_parents(place.parent, stack)
+            _remove_remains(place)
+            work, lock = _make(place)
+        except OSError as error:
+            raise OpenELMError(f"{name_of(out)}: can't be written ({error.strerror})") from None
         if lock is not None:
-            os.close(lock)
+            stack.callback(os.close, lock)
+        stack.callback(_discard, work)
+        try:
+            yield work
+            _sync(place.parent)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OpenELMError(f"{name_of(out)}: can't be written ({reason})") from None
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
+def _make_parents(parent: Path, stack: ExitStack) -> None:
+    """Make what is missing; those that are empty at the end are removed."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        stack.callback(_remove_empty, path)
 
 
-def _make(out: Path) -> tuple[Path, int | None]:
-    """A directory beside `out`, and its lock; None on a file system without locks.
+def _put(work: Path, places: Mapping[Path, WhyNot], force: bool) -> None:
+    """Give the new files, or the directory, their places: all of them, or after an error none."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for place, why_not in places.items():
+            made = work / _NEW / place.name
+            try:
+                create(made, place)
+                undo.append(partial(create, place, made))
+            except FileExistsError:
+                if not force:
+                    raise InputError(
+                        f"{name_of(place)}: something appeared there meanwhile, which stays; the "
+                        "new output was not written"
+                    ) from None
+                _replace(work, made, place, why_not)
+                undo.append(partial(exchange, made, place, work / _ASIDE))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        if not os.path.lexists(work / _ASIDE):
+            (work / _MARKER).touch()
+        raise
+    (work / _MARKER).touch()
+
+
+def _replace(work: Path, made: Path, place: Path, why_not: WhyNot) -> None:
+    """Exchange both; without its marker, no later run removes the work directory meanwhile."""
+    check_ours(place, place, why_not)
+    (work / _MARKER).unlink(missing_ok=True)
+    exchange(made, place, work / _ASIDE)
+    try:
+        check_ours(made, place, why_not)
+    except BaseException:
+        exchange(made, place, work / _ASIDE)
+        raise
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name[:40]}.partial-"
+
+
+def _make(place: Path) -> tuple[Path, int | None]:
+    """A work directory beside `place`, and its lock; None on a file system without locks.
 
     Until it is locked, another process may take it for remains and remove it: then there is a new
     one.
     """
-    for _ in range(10):
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        lock = _lock(partial)
-        if lock is not None:
-            if partial.exists():
-                return partial, lock
-            os.close(lock)
-    partial.mkdir(exist_ok=True)
-    return partial, None
+    for attempt in range(10):
+        work = Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
+        lock = _lock(work)
+        if lock is None and attempt < 9 and not work.exists():
+            continue
+        try:
+            (work / _MARKER).touch()
+            (work / _NEW).mkdir()
+        except FileNotFoundError:
+            if lock is not None:
+                os.close(lock)
+            continue
+        return work, lock
+    raise OSError(errno.EBUSY, "other runs remove what this one makes")
 
 
-def _remove_remains(out: Path) -> None:
-    for remains in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
+def _remove_remains(place: Path) -> None:
+    """Remove what killed runs left; say so where it may be an earlier output."""
+    for remains in place.parent.glob(f"{glob.escape(_prefix(place))}????????"):
+        if remains.is_symlink() or not remains.is_dir():
+            continue
         lock = _lock(remains)
-        if lock is not None:
-            shutil.rmtree(remains, ignore_errors=True)
+        if lock is None:
+            continue
+        try:
+            _discard(remains)
+            if (remains / _NEW).is_dir():
+                tell(
+                    f"{name_of(remains)}: left by a run that was killed while it replaced its "
+                    "output; has the old one or the new one: look, then delete it"
+                )
+        finally:
             os.close(lock)
+
+
+def _discard(work: Path) -> None:
+    """Remove a work directory that is marked or empty; what this program doesn't write stays."""
+    with suppress(OSError):
+        if (work / _MARKER).is_file():
+            if (work / _NEW).is_dir():
+                for made in (work / _NEW).iterdir():
+                    outputs.remove(made)
+                (work / _NEW).rmdir()
+            (work / _MARKER).unlink()
+        work.rmdir()
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _lock(directory: Path) -> int | None:
     """A descriptor that holds the directory's lock; None: another process does, or it is gone."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,15 +223,20 @@ def _lock(directory: Path) -> int | None:
     return descriptor
 
 
+def _sync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
 def _sync(path: Path) -> None:
+    """Flush a file or a directory; some file systems can't flush a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

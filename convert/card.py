@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.files import read_json
+from mlx_openelm.files import find_in, read_json
+from mlx_openelm.stored_quantization import stored_quantization
 
-from .verify import stored_quantization
-from .writer import RECORD
+from .outputs import RECORD
 
 _CARD = """\
 ---
@@ -41,9 +41,11 @@ def model_card(directory: Path, repo: str, base_model: str | None, licence: str 
     Raises:
         InputError: when the directory has no usable `config.json`.
     """
-    config = OpenELMConfig.from_json(directory / "config.json")
-    quantization, record = stored_quantization(directory), directory / RECORD
-    made = read_json(record) if record.exists() else {}
+    file, record = directory / "config.json", find_in(directory, RECORD)
+    values = read_json(file)
+    config = OpenELMConfig.from_dict(values, str(file))
+    quantization = stored_quantization(values, str(file))
+    made = read_json(record) if record else {}
     dtype = made.get("options", {}).get("dtype")
     weights = f"weights in {dtype}" if dtype else "converted"
     if quantization is not None:

@@ -10,19 +10,17 @@ from mlx_openelm.adapter_files import is_adapter, open_adapter, own_tokenizer
 from mlx_openelm.adapter_peft import Scale, alpha_over_rank, split
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import find_in, user_path
+from mlx_openelm.files import user_path
 from mlx_openelm.hub import resolve_source
+from mlx_openelm.names import EMBEDDINGS, HEAD, map_names, with_embeddings
 
 from .adapters import corenet_adapter, corenet_scale, merge_adapter
 from .geometry import infer_config
-from .names import map_names
 from .sources import LazyTensor, Source, open_bin, open_safetensors, open_source
-from .writer import EMBEDDINGS, check_shapes, without_redundant_head
+from .writer import check_shapes, without_redundant_head
 
 READERS = {".safetensors": open_safetensors, ".bin": open_bin}
 _MAX_CHAIN = 8  # adapters, each the base of the one before
-# What a directory may have besides weights and a tokenizer, and an adapter's wins over the base's
-_TEXTS = ("chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,10 @@ def open_directory(path: Path) -> Checkpoint:
     if source.config is None:
         raise InputError(f"{path}: no config.json in it; this is not a model directory")
     tensors, notes = map_names(source.tensors)
+    tensors = with_embeddings(tensors, source.config.share_input_output_layers)
     tensors, more = without_redundant_head(tensors, source.config)
     check_shapes(tensors, source.config)
-    return Checkpoint(source, tensors, source.config, [*notes, *more])
+    return Checkpoint(source, tensors, source.config, [*source.notes, *notes, *more])
 
 
 def open_checkpoint(
@@ -103,27 +102,27 @@ class _Opening:
         source = open_source(path, ema=ema)
         plain, parts = split(source.tensors)
         tensors, notes = map_names(plain)
-        if not parts:
-            if base is not None or lora_alpha is not None:
-                raise InputError(f"{path}: has no adapter; --base and --lora-alpha are for those")
-            geometry, more = self._geometry(source, tensors)
-            return Checkpoint(source, tensors, geometry, [*more, *notes])
-        if EMBEDDINGS in tensors:
-            geometry, more = self._geometry(source, tensors)
-            whole = Checkpoint(source, tensors, geometry, [*more, *notes])
+        notes = [*source.notes, *notes]
+        if not parts and (base is not None or lora_alpha is not None):
+            raise InputError(f"{path}: has no adapter; --base and --lora-alpha are for those")
+        if not parts or EMBEDDINGS in tensors:
+            whole = self._whole(source, tensors, notes)
         else:
             if base is None:
                 raise InputError(
                     f"{path}: an adapter without its base weights; name them with --base"
                 )
             found = self._base(path, base, None)
-            source = replace(source, tokenizer=found.source.tokenizer, files=found.source.files)
-            whole = Checkpoint(source, found.tensors | tensors, found.config, found.notes + notes)
+            notes = [*found.notes, *notes]
+            whole = Checkpoint(found.source, found.tensors | tensors, found.config, notes)
+        if not parts:
+            return whole
         scale, why = self._corenet_scale(lora_alpha)
         merged, geometry, more = merge_adapter(
             _without_head(whole), corenet_adapter(path, parts, scale), whole.config
         )
-        source = replace(source, kind=f"{source.kind} with a LoRA or DoRA adapter")
+        kind = f"{source.kind} with a LoRA or DoRA adapter"
+        source = replace(whole.source, kind=kind)
         return Checkpoint(source, merged, geometry, [*whole.notes, *why, *more])
 
     def _adapter(self, path: Path, base: str | Path | None, lora_alpha: float | None) -> Checkpoint:
@@ -137,7 +136,7 @@ class _Opening:
             found.source,
             kind=f"{adapter.kind}, merged into its base",
             tokenizer=own_tokenizer(path) or found.source.tokenizer,
-            files={**found.source.files, **{n: f for n in _TEXTS if (f := find_in(path, n))}},
+            adapters=(path, *found.source.adapters),
         )
         return Checkpoint(source, tensors, config, [*found.notes, *notes])
 
@@ -166,8 +165,19 @@ class _Opening:
             "recipes (--lora-alpha, or the training YAML as --config, says otherwise)"
         ]
 
+    def _whole(
+        self, source: Source, tensors: dict[str, LazyTensor], notes: list[str]
+    ) -> Checkpoint:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        stored = [tensors[name].name for name in (EMBEDDINGS, HEAD) if name in tensors]
+        if len(stored) > len(set(stored)):  # one tensor by two names: tied
+            del shapes[HEAD]
+        config, more = self._geometry(source, shapes)
+        tensors = with_embeddings(tensors, config.share_input_output_layers)
+        return Checkpoint(source, tensors, config, [*more, *notes])
+
     def _geometry(
-        self, source: Source, tensors: dict[str, LazyTensor]
+        self, source: Source, shapes: dict[str, tuple[int, ...]]
     ) -> tuple[OpenELMConfig, list[str]]:
         if self.config is not None:
             yaml = _is_yaml(self.config)
@@ -175,7 +185,7 @@ class _Opening:
             return read(self.config), []
         if source.config is not None:
             return source.config, []
-        config = infer_config({name: tensor.shape for name, tensor in tensors.items()})
+        config = infer_config(shapes)
         if self.known is not None:
             return replace(self.known, vocab_size=config.vocab_size), []
         note = (

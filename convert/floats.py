@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.config import OpenELMConfig, token_ids
 from mlx_openelm.errors import InputError
 
 from .forward import stages
@@ -109,5 +109,6 @@ def trial_tokens(config: OpenELMConfig, count: int) -> list[int]:
     """`<s>`, then `count - 1` ids from all over the vocabulary, always the same."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, count - 1).tolist()
-    first = min(config.bos_token_id, config.vocab_size - 1)
+    bos = [*token_ids(config.bos_token_id), 1][0]
+    first = min(bos, config.vocab_size - 1)
     return [first, *ids][: config.max_context_length]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_openelm.backends import cpu
 from mlx_openelm.cache import view
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.network import attention, feed_forward
@@ -56,7 +57,7 @@ def stages(
     head = table if config.share_input_output_layers else tensors[HEAD]
     parts = []
     for rows in head.blocks():
-        parts.append(x @ _float32(rows).T)
+        parts.append(_product(x, Matrix(_float32(rows))))
         mx.eval(parts)
     logits = mx.concatenate(parts, axis=-1)
     yield _stage("logits", logits, [_largest(x), _largest(logits)])
@@ -69,9 +70,15 @@ class _Watched(Matrix):
     largest: list[mx.array] = field(default_factory=list)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = super().__call__(x)
+        y = _product(x, self)
         self.largest.extend((_largest(x), _largest(y)))
         return y
+
+
+def _product(x: mx.array, matrix: Matrix) -> mx.array:
+    if mx.default_device().type == mx.DeviceType.cpu and cpu.missing() is None:
+        return cpu.multiply(x, matrix)
+    return Matrix.__call__(matrix, x)
 
 
 def _layer(tensors: Mapping[str, LazyTensor], prefix: str, largest: list[mx.array]) -> Layer:

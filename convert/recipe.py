@@ -47,15 +47,17 @@ def fits(pattern: str, module: str) -> bool:
 
 
 def make_scheme(mode: str = "affine", bits: int | None = None, group: int | None = None) -> Scheme:
-    """A scheme; what isn't given is 4 bits and groups of 64, or the only ones that the mode has.
+    """A scheme; what is None is 4 bits and groups of 64, or the only ones that the mode has.
 
     Raises:
         InputError: when MLX has no such scheme.
     """
+    default_group, default_bits = 64, 4
     if mode in MODES and mode != "affine":
-        (only_group,), (only_bits,) = MODES[mode]
-        return Scheme(group or only_group, bits or only_bits, mode)
-    return Scheme(group or 64, bits or 4, mode)
+        (default_group,), (default_bits,) = MODES[mode]
+    return Scheme(
+        default_group if group is None else group, default_bits if bits is None else bits, mode
+    )
 
 
 def read_recipe(path: Path, default: Scheme | None) -> Recipe:
@@ -101,8 +103,10 @@ def plan(config: OpenELMConfig, recipe: Recipe) -> tuple[Quantization | None, li
             notes.append(f"{module}: {columns} columns don't divide into groups; kept")
             scheme = None
         schemes[module] = scheme
-    for pattern, _ in recipe.rules:
-        if not any(fits(pattern, module) for module in modules):
+    for rule in recipe.rules:
+        pattern = rule[0]
+        # A tied model has no lm_head to keep
+        if rule not in KEEP_EMBEDDINGS and not any(fits(pattern, module) for module in modules):
             notes.append(f"the recipe's {shown(pattern)} fits no module")
     used = [scheme for scheme in schemes.values() if scheme]
     if not used:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_json
 from mlx_openelm.quantization import Quantization
 
 from .floats import trial_tokens
@@ -117,13 +115,6 @@ def bound_for(dtypes: set[str], quantization: Quantization | None) -> float:
         schemes = (quantization.default, *quantization.exceptions.values())
         return max(BITS_BOUNDS[scheme.bits] for scheme in schemes if scheme)
     return max(DTYPE_BOUNDS.get(dtype, 0.0) for dtype in dtypes)
-
-
-def stored_quantization(directory: Path) -> Quantization | None:
-    """The quantization that a model directory's `config.json` tells of."""
-    file = directory / "config.json"
-    values = read_json(file).get("quantization")
-    return Quantization.from_dict(values, str(file)) if isinstance(values, Mapping) else None
 
 
 def _shared(stage: Stage, rows: int) -> mx.array:

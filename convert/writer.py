@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,24 +18,26 @@ from mlx_openelm import __version__
 from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_bytes
+from mlx_openelm.files import find_in
+from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.quantization import Quantization, Scheme, quantize
+from mlx_openelm.safetensors import check_float
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
-from mlx_openelm.tokenizer import CHAT_TEMPLATE, load_tokenizer
-from mlx_openelm.tokenizer_files import write_tokenizer_files
+from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
+from mlx_openelm.tokenizer_files import (
+    carry_generation_config,
+    find_tokenizer,
+    write_tokenizer_files,
+)
 
-from .atomic import check_target, new_directory
+from .atomic import new_directory
 from .behind import behind
 from .floats import cast, choose_dtype, dtype_name
+from .outputs import RECORD
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
-
-EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
-RECORD = "conversion.json"
-CHAT_FILE = "chat_template.jinja"
-# What belongs to a tokenizer.json
-TOKENIZER_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_FILE)
+from .targets import check_directory
 
 # Called with a tensor's name, and how many more bytes of the source have been done with
 Progress = Callable[[str, int], None]
@@ -90,8 +91,10 @@ def convert(
     options: Options,
     *,
     tokenizer: Path | None = None,
-    files: Mapping[str, Path] | None = None,
+    chat_template: str | Mapping[str, str] | None = None,
+    generation_config: Path | None = None,
     source: Mapping[str, Any] | None = None,
+    reads: Iterable[Path] = (),
     force: bool = False,
     progress: Progress = lambda name, done: None,
 ) -> Conversion:
@@ -102,25 +105,32 @@ def convert(
         config: the geometry.
         out: the directory to make.
         options: what to make of them.
-        tokenizer: a SentencePiece file, or a tokenizer.json, to put beside the weights.
-        files: copied into the directory by these names, in place of what it would have.
+        tokenizer: a directory with a tokenizer, a SentencePiece file or a tokenizer.json, to put
+            beside the weights.
+        chat_template: takes the place of the tokenizer's; several by their names.
+        generation_config: a directory whose `generation_config.json`, if any, is carried.
         source: what the tensors came from, for `conversion.json`.
-        force: replace `out` if it exists.
+        reads: the files and directories that the tensors and options came from, which are never
+            replaced.
+        force: replace `out` if it is a directory that this program wrote.
         progress: told about every block.
 
     Raises:
         InputError: when the tensors aren't those of `config`, when a value isn't finite or
             doesn't fit into the dtype, when the tokenizer has too many pieces, or when `out`
-            isn't empty.
+            must not be replaced (see `targets.check_directory`).
         OpenELMError: when `out` can't be written.
     """
     start = time.perf_counter()
-    check_target(out, force)
+    reads = [*reads, *([tokenizer] if tokenizer else [])]
+    check_directory(out, force, reads)
     tensors, notes = without_redundant_head(tensors, config)
     check_shapes(tensors, config)
     if tokenizer is not None:
-        pieces = load_tokenizer(tokenizer).vocab_size
+        loaded = load_tokenizer(tokenizer)
+        pieces = loaded.vocab_size
         check_vocabulary(pieces, config.vocab_size, str(tokenizer))
+        config = _with_token_ids(config, loaded)
     if options.trim_vocab:
         if tokenizer is None:
             raise InputError("--trim-vocab needs the tokenizer, which says how many rows to keep")
@@ -139,15 +149,17 @@ def convert(
         bytes_after=sum(spec.nbytes for spec in specs.values()),
         notes=[*notes, *more, *most],
     )
-    with new_directory(out, force) as directory:
+    with new_directory(out, force, reads) as directory:
         hashes = _Hashes() if options.hashes else None
         with new_shards(directory, specs, METADATA) as write:
             _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
         save_config(directory, config, quantization)
         if tokenizer is not None:
-            done.notes += _write_tokenizer(tokenizer, directory, options.chat)
-        for name, file in (files or {}).items():
-            (directory / name).write_bytes(read_bytes(file))
+            reason = write_tokenizer_files(tokenizer, directory, options.chat, chat_template)
+            if reason is not None:
+                done.notes.append(f"no tokenizer.json, which other runtimes need: {reason}")
+        if generation_config is not None:
+            carry_generation_config(generation_config, directory)
         if hashes is not None:
             done.hashing_seconds = hashes.seconds
             record = _record(done, options, source or {}, tensors, layout, hashes, tokenizer)
@@ -167,13 +179,12 @@ def check_shapes(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> No
         if name not in tensors:
             raise InputError(f"tensor {name} {list(shape)} is missing")
         found = tensors[name]
+        check_float(found)
         if found.shape != shape:
             raise InputError(
                 f"tensor {found.name} has the shape {list(found.shape)}; the config says "
                 f"{list(shape)}"
             )
-        if "float" not in found.dtype:
-            raise InputError(f"tensor {found.name} is of {found.dtype}, not floating point")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
         raise InputError(f"tensor {tensors[extra[0]].name} is not part of a model of this config")
@@ -263,16 +274,13 @@ def _stream(
                 progress(name, rows.nbytes)
 
 
-def _write_tokenizer(tokenizer: Path, directory: Path, chat: bool) -> list[str]:
-    if tokenizer.suffix != ".json":
-        reason = write_tokenizer_files(tokenizer, directory, chat=chat)
-        return [f"no tokenizer.json, which other runtimes need: {reason}"] if reason else []
-    for name in TOKENIZER_JSON_FILES:
-        if tokenizer.with_name(name).exists():
-            shutil.copyfile(tokenizer.with_name(name), directory / name)
-    if chat and not load_tokenizer(directory).has_chat_template:
-        (directory / CHAT_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return []
+def _with_token_ids(config: OpenELMConfig, tokenizer: Tokenizer) -> OpenELMConfig:
+    """The config with the tokenizer's BOS and EOS, where the source names none."""
+    return replace(
+        config,
+        bos_token_id=tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id,
+    )
 
 
 class _Hashes:
@@ -322,9 +330,16 @@ def _record(
             "allow_nonfinite": options.allow_nonfinite,
         },
         "versions": {"mlx-openelm": __version__, "mlx": version("mlx")},
-        "tokenizer_sha256": _sha256(tokenizer) if tokenizer else None,
+        "tokenizer_sha256": _sha256(_tokenizer_file(tokenizer)) if tokenizer else None,
         "tensors": made,
     }
+
+
+def _tokenizer_file(tokenizer: Path) -> Path:
+    """The SentencePiece model where there is one: what a tokenizer.json was made from."""
+    if not tokenizer.is_dir():
+        return tokenizer
+    return find_in(tokenizer, "tokenizer.model") or find_tokenizer(tokenizer)
 
 
 def _sha256(file: Path) -> str:

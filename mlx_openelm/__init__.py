@@ -10,23 +10,11 @@ import time
 IMPORTING = time.perf_counter()
 """When the import of this package began, on the clock of `time.perf_counter`."""
 
-from . import allocator, blas
+from . import start
 
-allocator.load()  # before MLX is loaded
-blas.load()  # the same
-
-try:
-    import mlx.core as _mx  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "mlx-openelm needs MLX with a backend. On Linux the choice is yours: pip install "
-        "'mlx-openelm[cpu]', or [cuda12] or [cuda13]; on a Mac with Apple silicon: "
-        f"pip install mlx ({error})"
-    ) from error
-
-from . import kernels
-
-kernels.load()
+start.check_python()
+start.guard_imports()
+start.import_mlx()
 
 from .batching import BatchResponse, BatchStats, batch_generate
 from .cache import KVCache

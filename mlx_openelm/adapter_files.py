@@ -6,8 +6,6 @@ or mlx-lm's `adapters.safetensors`. A directory may have a tokenizer of its own.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,12 +17,11 @@ from .adapter_settings import CONFIG
 from .adapters import Adapter, T
 from .errors import InputError
 from .files import file_size, find_in, read_json
+from .safetensors import check_float, load_arrays, read_header
+from .weight_files import has_weights
 
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MLX_FILE = "adapters.safetensors"
-_MODEL_WEIGHTS = re.compile(
-    r"(?:model|pytorch_model|weights)(?:[.-].*)?\.(?:safetensors|bin)(?:\.index\.json)?"
-)
 # What a directory's tensors are read with, by the ending of the file's name
 Readers = Mapping[str, Callable[[Path], dict[str, T]]]
 
@@ -37,7 +34,7 @@ def is_adapter(path: Path) -> bool:
     """
     if not path.is_dir() or find_in(path, CONFIG) is None:
         return False
-    return not any(_MODEL_WEIGHTS.fullmatch(name) for name in os.listdir(path))
+    return not has_weights(path)
 
 
 def own_tokenizer(directory: Path) -> Path | None:
@@ -84,15 +81,16 @@ def read_safetensors(file: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, read when they are evaluated.
 
     Raises:
-        InputError: when it isn't one.
+        InputError: when it isn't one, or a tensor isn't floating point.
     """
-    file_size(file)  # refuses what isn't a regular file
-    try:
-        arrays = mx.load(str(file), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error})") from None
-    assert isinstance(arrays, dict)
-    return arrays
+    entries = read_header(file)
+    for entry in entries.values():
+        try:
+            check_float(entry)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+    arrays = load_arrays(file)
+    return {name: arrays[entry.name] for name, entry in entries.items()}
 
 
 def _read(path: Path, names: tuple[str, ...], readers: Readers[T]) -> dict[str, T]:

@@ -16,11 +16,8 @@ import mlx.core as mx
 from .config import OpenELMConfig
 from .errors import InputError
 from .files import shown
+from .names import EMBEDDINGS, HEAD, canonical_name, map_names
 from .quantization import Matrix, Quantization
-
-EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
-# Modules that DDP, torch.compile, FSDP and activation checkpointing put around others
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Shaped(Protocol):
@@ -79,36 +76,37 @@ class Adapter(Generic[T]):
     revision: str | None = None
     keeps_head: bool = False
 
-    def renamed(self, name: Callable[[str], str | None]) -> Adapter[T]:
-        """The same with other names for the weights.
-
-        Raises:
-            InputError: when `name` gives None, or the same name twice.
-        """
-
-        def map_keys(values: Mapping[str, V]) -> dict[str, V]:
-            found: dict[str, V] = {}
-            for old, value in values.items():
-                new = name(old)
-                if new is None:
-                    module = shown(old.removesuffix(".weight"))
-                    raise InputError(
-                        f"{self.path}: the adapter of {module} has no matrix to be merged into"
-                    )
-                if new in found:
-                    raise InputError(f"{self.path}: changes {shown(new)} twice")
-                found[new] = value
-            return found
-
-        return replace(
-            self,
-            updates=map_keys(self.updates),
-            tensors=map_keys(self.tensors),
-            rows=map_keys(self.rows),
-        )
-
 
 V = TypeVar("V")
+
+
+def by_canonical_names(adapter: Adapter[T]) -> tuple[Adapter[T], list[str]]:
+    """The same by the names of a model directory, and a line for each tensor that was left out.
+
+    Raises:
+        InputError: when a name is unknown, or two stand for the same weight.
+    """
+
+    def canonical(values: Mapping[str, V]) -> dict[str, V]:
+        found: dict[str, V] = {}
+        for old, value in values.items():
+            new = canonical_name(old)
+            if new is None:
+                module = shown(old.removesuffix(".weight"))
+                raise InputError(
+                    f"{adapter.path}: the adapter of {module} has no matrix to be merged into"
+                )
+            if new in found:
+                raise InputError(f"{adapter.path}: changes {shown(new)} twice")
+            found[new] = value
+        return found
+
+    try:
+        tensors, notes = map_names(adapter.tensors)
+    except InputError as error:
+        raise InputError(f"{adapter.path}: {error}") from None
+    updates, rows = canonical(adapter.updates), canonical(adapter.rows)
+    return replace(adapter, updates=updates, tensors=tensors, rows=rows), notes
 
 
 def adapted_config(adapter: Adapter[T], config: OpenELMConfig) -> OpenELMConfig:
@@ -233,13 +231,14 @@ def apply_adapter(
         config, quantization: the model's.
 
     Returns:
-        Tensors (changed matrices in float32), geometry, and quantization.
+        Tensors (changed matrices in their dtype, dequantized ones in float32), geometry, and
+        quantization.
 
     Raises:
         InputError: when the adapter doesn't fit the model; names the matrix.
     """
     arrays = dict(arrays)
-    adapter = adapter.renamed(lambda name: _name_in(arrays, name))
+    adapter, _ = by_canonical_names(adapter)
     changed = adapted_config(adapter, config)
     untied = config.share_input_output_layers and not changed.share_input_output_layers
     if untied and EMBEDDINGS not in adapter.tensors:
@@ -248,16 +247,6 @@ def apply_adapter(
         _dequantize(arrays, name.removesuffix(".weight"), quantization)
     merged, config = merge(arrays, adapter, config, _add, _put)
     return merged, config, quantization
-
-
-def _name_in(arrays: Mapping[str, mx.array], name: str) -> str | None:
-    """A weight's name in a model directory; wrappers, PEFT and CoreNet put more or less before."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    name = name.removeprefix("base_model.model.")
-    for candidate in (name, f"transformer.{name}"):
-        if candidate in arrays or candidate == HEAD:
-            return candidate
-    return HEAD if name == "classifier.weight" else None
 
 
 def _untie(arrays: dict[str, mx.array], quantization: Quantization | None) -> Quantization | None:
@@ -298,20 +287,19 @@ def _add(matrix: mx.array, update: Update[mx.array]) -> mx.array:
     if update.transposed:
         left, right = left.T, right.T
     merged = _float32(matrix) + update.scale * (left @ right)
-    if update.magnitude is None:
-        return merged
-    shape, axis = ((1, -1), 0) if update.by_column else ((-1, 1), 1)
-    lengths = mx.linalg.norm(merged, axis=axis, keepdims=True)
-    return merged * (_float32(update.magnitude).reshape(shape) / lengths)
+    if update.magnitude is not None:
+        shape, axis = ((1, -1), 0) if update.by_column else ((-1, 1), 1)
+        lengths = mx.linalg.norm(merged, axis=axis, keepdims=True)
+        merged = merged * (_float32(update.magnitude).reshape(shape) / lengths)
+    return merged.astype(matrix.dtype)
 
 
 def _put(matrix: mx.array, indices: list[int], values: mx.array) -> mx.array:
-    merged = mx.array(_float32(matrix))
-    merged[mx.array(indices)] = _float32(values)
+    merged = mx.array(matrix)
+    merged[mx.array(indices)] = _float32(values).astype(matrix.dtype)
     return merged
 
 
 def _float32(array: mx.array) -> mx.array:
-    if not mx.issubdtype(array.dtype, mx.floating):
-        raise InputError(f"an adapter's weights are {array.dtype}, not floating point")
-    return array.astype(mx.float32)
+    stream = mx.cpu if array.dtype == mx.float64 else None  # a GPU has no float64
+    return array.astype(mx.float32, stream=stream)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from .choosing import Choice, begin, choose
 from .decoding import Prompt, TextStream, encode_prompt, prefill
 from .errors import InputError
 from .model import OpenELM
-from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
+from .sampling import LogitsProcessor, Sampler
 from .stopping import StopStrings
+from .token_ids import as_token_ids
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -80,7 +82,10 @@ def batch_generate(
     completion_batch_size: int = 32,
     **options: Any,
 ) -> BatchResponse:
-    """Continue many prompts at once; greedy results are those of one prompt at a time.
+    """Continue many prompts at once; results are those of one prompt at a time.
+
+    That holds greedily and with a seed, as far as the dtype computes alike (float32 does): equal
+    prompts then give equal texts. Without a seed all draws are different ones.
 
     Prompts of similar length are taken together, at most `completion_batch_size` of them.
 
@@ -165,9 +170,12 @@ def batch_generate_step(
         vocab_size: ids from here on are never sampled.
 
     Raises:
-        InputError: when a prompt is empty or too long, or `max_tokens` is less than 1.
+        InputError: when a prompt is empty, too long or holds what isn't a token of the model, or
+            `max_tokens` is less than 1.
+        OpenELMError: when the logits aren't finite; says where that began.
     """
-    sampler = sampler or make_sampler()
+    prompts = [as_token_ids(p, model.config.vocab_size, "a prompt") for p in prompts]
+    draw, processors = begin(sampler), tuple(logits_processors or ())
     limits = [min(n, _room(model, p, "a prompt")) for n, p in zip(max_tokens, prompts, strict=True)]
     if min(limits) < 1:
         raise InputError(f"max_tokens must be at least 1, not {min(limits)}")
@@ -176,39 +184,42 @@ def batch_generate_step(
     padded = mx.stack([mx.pad(p, (max(lengths) - p.size, 0)) for p in prompts])
     rows = list(range(len(prompts)))  # which prompt each row of the batch is of
     going = set(rows)
-    seen = list(prompts)
+    seen = list(prompts)  # of each row
+    made: list[list[int]] = [[] for _ in prompts]
 
-    def choose(logits: mx.array) -> mx.array:
-        logits = logits[:, :vocab_size]
-        for process in logits_processors or ():
-            parts = [process(s, logits[i : i + 1]) for i, s in enumerate(seen)]
-            logits = mx.concatenate(parts)
-        if sampler is greedy:  # which needs no log-probabilities
-            tokens = greedy(logits)
-        else:
-            tokens = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        return tokens
+    def chosen(logits: mx.array, first: bool = False) -> Choice:
+        return choose(logits, draw, processors, seen, vocab_size, first)
 
-    tokens = choose(prefill(model, padded, cache, prefill_step_size))
-    for made in itertools.count(1):
-        following = None
-        if made < max(limits[i] for i in going):
-            if logits_processors:
-                seen = [mx.concatenate([s, tokens[i : i + 1]]) for i, s in enumerate(seen)]
-            following = choose(model(tokens[:, None], cache, last_only=True)[:, 0])
-        found = cast("list[int]", tokens.tolist())
-        given = [(i, token) for i, token in zip(rows, found, strict=True) if i in going]
-        going -= {i for i, token in given if ends(i, token) or made == limits[i]}
+    def text(row: int) -> list[int]:
+        return [*cast("list[int]", prompts[rows[row]].tolist()), *made[rows[row]]]
+
+    choice = chosen(prefill(model, padded, cache, prefill_step_size), first=True)
+
+    def after(tokens: mx.array) -> Choice:
+        nonlocal seen
+        if processors:
+            seen = [mx.concatenate([s, tokens[i : i + 1]]) for i, s in enumerate(seen)]
+        return chosen(model.step(tokens[:, None], cache, last_only=True)[:, 0])
+
+    for count in itertools.count(1):
+        more = model.policy.overlapped and count < max(limits[i] for i in going)
+        following = after(choice.tokens) if more else None
+        tokens = choice.wait(model, text, [row for row, i in enumerate(rows) if i in going])
+        given = [(i, token) for i, token in zip(rows, tokens, strict=True) if i in going]
+        for i, token in given:
+            made[i].append(token)
+        going -= {i for i, token in given if ends(i, token) or count == limits[i]}
         yield given
-        if following is None or not going:
+        if not going:
             return
+        choice = following or choice
         if 2 * len(going) <= len(rows):
             kept = [row for row, i in enumerate(rows) if i in going]
             cache.select(kept)
-            following = following[mx.array(kept)]
+            choice = Choice(*(array[mx.array(kept)] for array in choice))
             rows, seen = [rows[row] for row in kept], [seen[row] for row in kept]
-        tokens = following
+        if following is None:
+            choice = after(choice.tokens)
 
 
 def _room(model: OpenELM, prompt: mx.array, name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -70,6 +70,7 @@ class KVCache:
         self.starts = mx.array(self._paddings) if any(self._paddings) else None
         self.offset = 0
         self.buffers: list[Buffer] = []
+        self.addresses: tuple[list[Buffer], Any] | None = None  # `backends.cpu`'s, of the buffers
 
     @property
     def batch(self) -> int | None:
@@ -156,7 +157,15 @@ class KVCache:
             self.buffers = empty
 
     def select(self, rows: list[int]) -> None:
-        """Keep only these sequences."""
+        """Keep only these sequences, by their index, in this order.
+
+        Raises:
+            InputError: when there is no such sequence.
+        """
+        batch = self.batch or 0
+        for row in rows:
+            if not 0 <= row < batch:
+                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
         kept = mx.array(rows)
         self.buffers = [tuple(array[kept] for array in buffer) for buffer in self.buffers]
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import mlx.core as mx
 
@@ -14,12 +15,21 @@ from . import device
 from .adapter_files import is_adapter, open_adapter, own_tokenizer, read_safetensors
 from .adapters import apply_adapter
 from .config import OpenELMConfig
-from .errors import InputError
-from .files import read_json
+from .errors import InputError, OpenELMError
+from .files import find_in, read_json
 from .hub import resolve, resolve_source, resolve_tokenizer
 from .model import OpenELM
-from .quantization import Quantization
+from .names import map_names, with_embeddings
+from .quantization import PARTS, Quantization
+from .safetensors import Entry, check_float, load_arrays, read_header
 from .shards import SHARD_BYTES, Spec, new_shards, raw, write_json
+from .stored_quantization import (
+    check_unpacked,
+    foreign_method,
+    packed_scheme,
+    stored_quantization,
+)
+from .weight_files import PYTORCH, find_weights, join_tensors
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -43,8 +53,8 @@ def load(
         tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
             tokenizer of its own, or in place of it.
         adapter_path: directory (or Hugging Face id) of an adapter, mlx-lm's or PEFT's, which is
-            merged into the weights (see `adapters.apply_adapter`). A tokenizer in it takes the
-            place of the model's.
+            merged into the weights (see `adapters.apply_adapter`). A tokenizer, a chat template
+            and a `generation_config.json` in it take the place of the model's.
         revision: branch, tag or commit of the Hugging Face repository.
         lazy: leave the weights on disk until they are first used.
         seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
@@ -66,9 +76,21 @@ def load(
     if tokenizer is not None:
         source = resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
-    reading = beside(lambda: _timed("tokenizer", seconds, lambda: load_tokenizer(source)))
-    model = _timed("weights", seconds, lambda: load_model(directory, lazy=lazy, adapter=adapter))
-    loaded = reading()
+    reading = _Thread(
+        lambda: _timed(
+            "tokenizer",
+            seconds,
+            lambda: load_tokenizer(source, model=directory, adapter=adapter),
+        )
+    )
+    try:
+        model = _timed(
+            "weights", seconds, lambda: load_model(directory, lazy=lazy, adapter=adapter)
+        )
+    finally:
+        # A thread that is still in C++ code when the interpreter ends aborts the process.
+        reading.join()
+    loaded = reading.result()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
     return model, loaded
 
@@ -83,27 +105,27 @@ def _timed(name: str, seconds: dict[str, float], work: Callable[[], _T]) -> _T:
     return result
 
 
-def beside(work: Callable[[], _T]) -> Callable[[], _T]:
-    """Begin `work` on a thread; the function returned waits for its result, or its error."""
-    outcome: list[_T] = []
-    errors: list[BaseException] = []
+class _Thread(threading.Thread, Generic[_T]):
+    """Begin `work` on a thread; `result` is its result, or raises its error."""
 
-    def run() -> None:
+    def __init__(self, work: Callable[[], _T]) -> None:
+        super().__init__()
+        self._work = work
+        self._outcome: list[_T] = []
+        self._errors: list[BaseException] = []
+        self.start()
+
+    def run(self) -> None:
         try:
-            outcome.append(work())
+            self._outcome.append(self._work())
         except BaseException as error:
-            errors.append(error)
+            self._errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def wait() -> _T:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return outcome[0]
-
-    return wait
+    def result(self) -> _T:
+        self.join()
+        if self._errors:
+            raise self._errors[0]
+        return self._outcome[0]
 
 
 def load_draft(
@@ -159,83 +181,133 @@ def load_model(directory: Path, *, lazy: bool = False, adapter: Path | None = No
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
     """
-    values = read_json(directory / "config.json")
+    values = read_config(directory)
     where = str(directory / "config.json")
     config = OpenELMConfig.from_dict(values, where)
-    stored = values.get("quantization") or values.get("quantization_config")
-    quantization = Quantization.from_dict(stored, where) if isinstance(stored, Mapping) else None
-    arrays, files = read_arrays(directory)
-    if config.share_input_output_layers:
-        drop_redundant_head(arrays, str(files.get("lm_head.weight")))
-    norm = arrays.get("transformer.norm.weight")
-    dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
-    if adapter is not None:
-        opened = open_adapter(adapter, {".safetensors": read_safetensors})
-        arrays, config, quantization = apply_adapter(opened, arrays, config, quantization)
+    quantization = stored_quantization(values, where)
+    tied = config.share_input_output_layers
+    entries = with_embeddings(read_entries(directory, foreign_method(values)), tied)
+    _check_dtypes(entries, quantization)
+    arrays = _arrays(entries)
     try:
+        if tied:
+            _drop_redundant_head(arrays)
+        norm = arrays.get("transformer.norm.weight")
+        dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
+        if adapter is not None:
+            opened = open_adapter(adapter, {".safetensors": read_safetensors})
+            arrays, config, quantization = apply_adapter(opened, arrays, config, quantization)
         model = OpenELM(config, arrays, quantization, dtype)
+        del arrays
+        if not lazy:
+            mx.eval(model.parameters())
     except InputError as error:
-        named = [file for name, file in files.items() if name in str(error).split()]
+        named = [entry.path for name, entry in entries.items() if name in str(error).split()]
         raise InputError(f"{named[0] if named else directory}: {error}") from None
-    del arrays
-    if not lazy:
-        mx.eval(model.parameters())
+    except RuntimeError as error:
+        for file in {entry.path for entry in entries.values()}:
+            read_header(file)  # says so if the file has become shorter
+        raise OpenELMError(f"{directory}: its weights couldn't be loaded ({error})") from error
     return model
 
 
-def drop_redundant_head(arrays: dict[str, mx.array], where: str) -> None:
-    """Remove an `lm_head.weight` that repeats the tied embeddings, as some fine-tunes carry.
+def read_config(directory: Path) -> dict[str, Any]:
+    """What the `config.json` of a model directory holds.
+
+    Raises:
+        InputError: when there is none, or it can't be read.
+    """
+    return read_json(find_in(directory, "config.json") or directory / "config.json")
+
+
+def read_entries(directory: Path, method: str | None = None) -> dict[str, Entry]:
+    """What the headers of a directory's weights say, by the names of a model directory.
+
+    What is computed and not stored (RoPE's tables, a causal mask) is left out. When mlx-lm would
+    read other files too, a line says so on the logger "mlx_openelm".
+
+    Args:
+        directory: with weights in safetensors.
+        method: how another program quantized them, if one did (see `foreign_method`).
+
+    Raises:
+        InputError: when there are none, a file is missing or damaged, a name is unknown, or
+            tensors are packed by `method`.
+    """
+    found = find_weights(directory)
+    if found.form == PYTORCH:
+        raise InputError(
+            f"{directory}: has its weights in {PYTORCH}; convert it: openelm-convert {directory} "
+            "-o DIR"
+        )
+    for note in found.notes:
+        logging.getLogger("mlx_openelm").warning(note)
+    tensors = join_tensors(found, read_header)
+    check_unpacked(tensors.values(), method, str(directory))
+    try:
+        return map_names(tensors, quantized=True)[0]
+    except InputError as error:
+        where = found.files[0] if len(found.files) == 1 else directory
+        raise InputError(f"{where}: {error}") from None
+
+
+def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
+    """The tensors of a directory's weights, not yet read, and the file of each.
+
+    Raises:
+        InputError: as `read_entries`.
+    """
+    entries = read_entries(directory)
+    return _arrays(entries), {name: entry.path for name, entry in entries.items()}
+
+
+def _arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
+    """The tensors themselves, read when they are used."""
+    files: dict[Path, dict[str, mx.array]] = {}
+    arrays = {}
+    for name, entry in entries.items():
+        if entry.path not in files:
+            files[entry.path] = load_arrays(entry.path)
+        arrays[name] = files[entry.path][entry.name]
+    return arrays
+
+
+def _check_dtypes(entries: Mapping[str, Entry], quantization: Quantization | None) -> None:
+    """Refuse tensors that are neither floats nor the parts of a quantized matrix.
+
+    Raises:
+        InputError: starting with the file.
+    """
+    for name, entry in entries.items():
+        module, _, part = name.rpartition(".")
+        try:
+            if f"{module}.scales" not in entries:
+                check_float(entry)
+                if entry.dtype == "float64":
+                    raise InputError(f"tensor {name} is of float64; convert it: openelm-convert")
+            elif part == "scales":
+                parts = {p: entries[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in entries}
+                packed_scheme(module, parts, quantization)
+        except InputError as error:
+            raise InputError(f"{entry.path}: {error}") from None
+
+
+def _drop_redundant_head(arrays: dict[str, mx.array]) -> None:
+    """Remove an `lm_head` that repeats the tied embeddings, as some fine-tunes carry.
 
     Raises:
         InputError: when it isn't the same matrix.
     """
-    head = arrays.pop("lm_head.weight", None)
-    embeddings = arrays.get("transformer.token_embeddings.weight")
-    if head is None or embeddings is None:
-        return
-    if head.shape != embeddings.shape or not mx.array_equal(head, embeddings).item():
-        raise InputError(
-            f"{where}: lm_head.weight differs from transformer.token_embeddings.weight, but "
-            "config.json says that they are shared (share_input_output_layers)"
-        )
-
-
-def read_arrays(directory: Path) -> tuple[dict[str, mx.array], dict[str, Path]]:
-    """The tensors of a directory's safetensors files, not yet read, and the file of each.
-
-    Raises:
-        InputError: when there are none, or one is missing or damaged.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise InputError(f"{index}: no weight_map")
-        names = sorted(set(map(str, shards.values())))
-    else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if not names:
-        raise InputError(
-            f"{directory}: no model.safetensors in it (other formats have to be converted: "
-            "openelm-convert)"
-        )
-    arrays: dict[str, mx.array] = {}
-    files: dict[str, Path] = {}
-    for name in names:
-        file = directory / name
-        if Path(name).name != name or not file.is_file():
-            raise InputError(f"{file}: missing, though {index.name} names it")
-        try:
-            found = mx.load(str(file))
-        except RuntimeError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
-        assert isinstance(found, dict)
-        twice = arrays.keys() & found.keys()
-        if twice:
-            raise InputError(f"{file}: tensor {min(twice)} is in {files[min(twice)].name} too")
-        arrays |= found
-        files |= dict.fromkeys(found, file)
-    return arrays, files
+    for part in PARTS:
+        head, embeddings = f"lm_head.{part}", f"transformer.token_embeddings.{part}"
+        if head not in arrays:
+            continue
+        a, b = arrays.pop(head), arrays.get(embeddings)
+        if b is None or a.shape != b.shape or not mx.array_equal(a, b).item():
+            raise InputError(
+                f"{head} differs from {embeddings}, but config.json says that they are "
+                "shared (share_input_output_layers)"
+            )
 
 
 def save_model(

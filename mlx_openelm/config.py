@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json, read_yaml, user_path
+from .files import brief, read_json, read_yaml, shown, user_path
 
 ACTIVATIONS = ("swish", "silu")
+
+# As a `config.json` has it: one id, several, or none (None, or negative)
+TokenIds = int | tuple[int, ...] | None
 
 # OpenELM paper (arXiv 2404.14619), table 9, and CoreNet's `general_gpt.py`.
 # What the members share is in the defaults of `OpenELMConfig.scaled`.
@@ -50,6 +53,7 @@ class OpenELMConfig:
     """Geometry and constants of one network. The names are those of Hugging Face's `config.json`.
 
     `num_query_heads`, `num_kv_heads` and `ffn_multipliers` have one entry per layer.
+    `bos_token_id` and `eos_token_id` are None where the tokenizer decides.
 
     Raises:
         InputError: when the values contradict each other; the message names the field.
@@ -71,15 +75,15 @@ class OpenELMConfig:
     rope_freq_constant: float = 10000.0
     rope_max_length: int = 4096
     max_context_length: int = 2048
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
 
     def __post_init__(self) -> None:
         for name, allowed in _RANGES.items():
             _check_integer(name, getattr(self, name), allowed)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise _bad(name, f"must be true or false, not {getattr(self, name)!r}")
+                raise _bad(name, f"must be true or false, not {brief(getattr(self, name))}")
         for name in ("rms_norm_eps", "rope_freq_constant"):
             _check_positive(name, getattr(self, name))
         for name in _PER_LAYER:
@@ -96,11 +100,15 @@ class OpenELMConfig:
         ):
             if heads % kv_heads:
                 raise _bad("num_kv_heads", f"layer {i}: {kv_heads} does not divide {heads} heads")
+        for name in ("bos_token_id", "eos_token_id"):
+            object.__setattr__(self, name, check_token_ids(name, getattr(self, name)))
         if self.head_dim % 2:
             raise _bad("head_dim", f"must be even for rotary embeddings, not {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
             known = " or ".join(ACTIVATIONS)
-            raise _bad("activation_fn_name", f"must be {known}, not {self.activation_fn_name!r}")
+            raise _bad(
+                "activation_fn_name", f"must be {known}, not {brief(self.activation_fn_name)}"
+            )
 
     @property
     def ffn_dims(self) -> tuple[int, ...]:
@@ -169,7 +177,7 @@ class OpenELMConfig:
         """
         key = name.removeprefix("apple/").removesuffix("-Instruct").replace("1.1B", "1_1B")
         if key not in PUBLISHED:
-            raise _bad("model_name", f"{name!r} is unknown; known are {', '.join(PUBLISHED)}")
+            raise _bad("model_name", f"{brief(name)} is unknown; known are {', '.join(PUBLISHED)}")
         return cls.scaled(vocab_size=vocab_size, **PUBLISHED[key], **constants)
 
     @classmethod
@@ -185,10 +193,14 @@ class OpenELMConfig:
             if "model_name" in values and "model_dim" not in values:
                 return _from_published(values)
             if values.get("model_type", "openelm") != "openelm":
-                raise _bad("model_type", f"is {values['model_type']!r}; only 'openelm' is known")
+                raise _bad(
+                    "model_type", f"is {brief(values['model_type'])}; only 'openelm' is known"
+                )
             if values.get("normalization_layer_name", "rms_norm") != "rms_norm":
                 found = values["normalization_layer_name"]
-                raise _bad("normalization_layer_name", f"is {found!r}; only 'rms_norm' is known")
+                raise _bad(
+                    "normalization_layer_name", f"is {brief(found)}; only 'rms_norm' is known"
+                )
             known = {f.name for f in fields(cls)}
             given = {k: v for k, v in values.items() if k in known and v is not None}
             required = [f.name for f in fields(cls) if f.default is MISSING]
@@ -247,8 +259,6 @@ _RANGES = {
     "ffn_dim_divisor": _COUNT,
     "rope_max_length": _COUNT,
     "max_context_length": _COUNT,
-    "bos_token_id": range(2**31),
-    "eos_token_id": range(2**31),
 }
 _PER_LAYER = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
@@ -277,24 +287,48 @@ def descend(tree: Any, keys: Sequence[str]) -> dict[str, Any]:
     return found | dotted
 
 
+def check_token_ids(field: str, value: object) -> TokenIds:
+    """`bos_token_id` or `eos_token_id` as a configuration has it, a list as a tuple.
+
+    Raises:
+        InputError: naming `field`, when it is anything else.
+    """
+    if value is None:
+        return None
+    several = isinstance(value, (list, tuple))
+    ids: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(type(i) is int and -(2**31) <= i < 2**31 for i in ids):
+        raise _bad(field, f"must be a token's id or a list of ids, not {shown(value)}")
+    return tuple(ids) if several else int(ids[0])
+
+
+def token_ids(value: TokenIds) -> list[int]:
+    """The ids that `bos_token_id` or `eos_token_id` stands for; negative ones stand for none."""
+    if value is None:
+        return []
+    return [i for i in (value if isinstance(value, tuple) else (value,)) if i >= 0]
+
+
 def _bad(field: str, reason: str) -> InputError:
     return InputError(f"{field} {reason}")
 
 
 def _check_integer(field: str, value: object, allowed: range = _COUNT) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
-        raise _bad(field, f"must be an integer from {allowed[0]} to {allowed[-1]}, not {value!r}")
+        raise _bad(
+            field, f"must be an integer from {allowed[0]} to {allowed[-1]}, not {brief(value)}"
+        )
 
 
 def _check_positive(field: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise _bad(field, f"must be a positive number below 2**31, not {value!r}")
+        raise _bad(field, f"must be a positive number below 2**31, not {brief(value)}")
 
 
 def _check_list(field: str, values: object) -> tuple[Any, ...]:
     """The values as a tuple, each a positive number."""
     if not isinstance(values, (list, tuple)):
-        raise _bad(field, f"must be a list with one number per layer, not {values!r}")
+        raise _bad(field, f"must be a list with one number per layer, not {brief(values)}")
     for i, value in enumerate(values):
         _check_positive(f"{field}[{i}]", value)
     return tuple(values)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from .cache import KVCache
+from .choosing import Choice, begin, choose
 from .errors import InputError
 from .model import OpenELM
 from .prompt_cache import PromptCache
-from .sampling import LogitsProcessor, Sampler, greedy, make_sampler
+from .sampling import LogitsProcessor, Sampler
 from .stopping import StopStrings
+from .token_ids import as_token_ids
 
 if TYPE_CHECKING:
     from .speculative import Speculation
@@ -66,6 +68,8 @@ def prefill(
 ) -> mx.array:
     """Put `prompt` [L] or [B, L] into the cache, in chunks; returns the last logits [B, vocab].
 
+    The ids aren't checked (`token_ids` does that).
+
     `progress` is called with (tokens done, tokens in all) between the chunks.
 
     Raises:
@@ -83,7 +87,7 @@ def prefill(
         )
     while True:
         count = cache.longest_step(min(step_size, total - done))
-        logits = model(rows[:, done : done + count], cache, last_only=True)
+        logits = model.step(rows[:, done : done + count], cache, last_only=True)
         done += count
         if done == total:
             return logits[:, 0]
@@ -127,50 +131,50 @@ def generate_step(
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
 
     Raises:
-        InputError: when the prompt is empty, or doesn't fit into the context.
+        InputError: when the prompt is empty, holds what isn't a token of the model, or doesn't fit
+            into the context.
+        OpenELMError: when the logits aren't finite; says where that began.
     """
+    prompt = as_token_ids(prompt, model.config.vocab_size)
+    earlier = as_token_ids(cached_tokens, model.config.vocab_size, "cached_tokens")
     if prompt.size == 0:
         raise InputError("the prompt is empty")
     if prefill_step_size is not None and prefill_step_size < 1:
         raise InputError(f"prefill_step_size must be at least 1, not {prefill_step_size}")
     cache = prompt_cache if prompt_cache is not None else model.make_cache(max_kv_size, kv_bits)
-    sampler = sampler or make_sampler()
+    draw = begin(sampler)
     processors = tuple(logits_processors or ())
-    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
+    seen = mx.concatenate([earlier, prompt])
+    made: list[int] = []
 
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        logits = logits[:, :vocab_size]
-        for process in processors:
-            logits = process(seen, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = greedy(logits) if sampler is greedy else sampler(logprobs)
-        mx.async_eval(token)  # type: ignore[no-untyped-call]
-        return token, logprobs[0]
+    def chosen(logits: mx.array, first: bool = False) -> Choice:
+        return choose(logits, draw, processors, [seen], vocab_size, first)
+
+    def text(_: int) -> list[int]:
+        return [*cast("list[int]", earlier.tolist()), *cast("list[int]", prompt.tolist()), *made]
 
     limit = token_limit(cache, prompt.size, max_tokens)
     logits = prefill(model, prompt, cache, prefill_step_size, prompt_progress_callback)
-    token, logprobs = choose(logits)
+    choice = chosen(logits, first=True)
     if prompt_progress_callback:
-        mx.eval(token)
+        mx.eval(choice.tokens)
         prompt_progress_callback(prompt.size, prompt.size)
 
-    def after(token: mx.array) -> tuple[mx.array, mx.array]:
+    def after(token: mx.array) -> Choice:
         nonlocal seen
         if processors:
             seen = mx.concatenate([seen, token])
-        return choose(model(token[None], cache, last_only=True)[:, 0])
+        return chosen(model.step(token[None], cache, last_only=True)[:, 0])
 
     for count in itertools.count(1):
+        # The first token is given out before the next step is built, which may have to be traced.
+        more = model.policy.overlapped and 1 < count != limit
+        following = after(choice.tokens) if more else None
+        made += choice.wait(model, text)
+        yield made[-1], choice.logprobs[0]
         if count == limit:
-            yield cast(int, token.item()), logprobs
             return
-        if count == 1:  # somebody waits for it, and the next step may have to be traced
-            yield cast(int, token.item()), logprobs
-            token, logprobs = after(token)
-        else:
-            following = after(token)
-            yield cast(int, token.item()), logprobs
-            token, logprobs = following
+        choice = following or after(choice.tokens)
 
 
 def token_limit(cache: KVCache, prompt_tokens: int, max_tokens: int) -> int | None:
@@ -215,19 +219,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> mx.a
     """Token ids [L], int32, of text or of ids.
 
     Raises:
-        InputError: when there is no text, or an id that the model doesn't have.
+        InputError: when there is no text, or what isn't a token of the model.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise InputError("the prompt is empty")
         bos = tokenizer.bos_token
         ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
-    else:
-        ids = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)  # type: ignore[assignment]
-    strange = [i for i in ids if not 0 <= i < vocab_size]
-    if strange:
-        raise InputError(f"token id {strange[0]} is not below the model's {vocab_size}")
-    return mx.array(ids, mx.int32)
+        return as_token_ids(ids, vocab_size)
+    return as_token_ids(prompt, vocab_size)
 
 
 class TextStream:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
-from . import allocator, blas, kernels
+from .backends import cpu
 from .config import OpenELMConfig
+from .errors import InputError
+from .memory import available_memory
 from .shapes import tensor_shapes
 
+VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
 COMPILE_AFTER = 2  # a length that has come twice will come again
 
 
@@ -23,7 +25,7 @@ class Policy:
     Attributes:
         name: the device, in words.
         dtype: what to compute in; None: in what the weights are stored in.
-        native: of this package's own kernels (`native`), not MLX's (`network`).
+        native: by the C library of `backends.cpu`, not by MLX's operations (`network`).
         compiled: steps are compiled.
         compile_after: how many short steps of a length aren't: tracing takes longer than they do.
         prefill_step: tokens of a prompt that one step takes.
@@ -39,6 +41,11 @@ class Policy:
     prefill_step: int = 512
     memory: int = 0
 
+    @property
+    def overlapped(self) -> bool:
+        """Whether the device computes a step while the next one is built."""
+        return not self.native
+
     def dequantize(self, config: OpenELMConfig) -> bool:
         """Whether quantized weights of this geometry are dequantized at load, into float32."""
         values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
@@ -48,7 +55,7 @@ class Policy:
         parts = [
             self.name,
             f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
-            "own kernels" if self.native else "MLX's kernels",
+            "own C library" if self.native else "MLX's kernels",
             "compiled" if self.compiled else "not compiled",
         ]
         if self.memory:
@@ -58,46 +65,43 @@ class Policy:
 
 
 def policy() -> Policy:
-    """What suits MLX's default device.
+    """What suits MLX's default device, or what `MLX_OPENELM_POLICY` names.
+
+    `MLX_OPENELM_POLICY=gpu` computes on a CPU as on a GPU: the same dtypes, operations and compiled
+    steps, so that what a GPU runs can be tested without one. It is slow.
 
     Metal and CUDA have kernels for half precision, quantized matrices, norms, RoPE and attention.
     MLX's CPU backend has no vector instructions for half precision, and multiplies a quantized
-    matrix slower than its values. Compiling gains nothing there with so few primitives, and has
-    MLX run a C++ compiler (docs/performance.md).
+    matrix slower than its values; compiling a step would have it run a C++ compiler. So on a CPU
+    a step is computed in float32, by a C library of this package (docs/performance.md).
+
+    Raises:
+        InputError: when the variable names no policy.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
-        info = mx.device_info()
-        return Policy(str(info.get("device_name", "GPU")), compile_after=COMPILE_AFTER)
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "gpu"):
+        raise InputError(f"{VARIABLE}={wanted}: the only value is gpu; unset it for the default")
+    on_gpu = mx.default_device().type != mx.DeviceType.cpu
+    if on_gpu or wanted:
+        name = mx.device_info().get("device_name", "GPU") if on_gpu else f"CPU, {VARIABLE}=gpu"
+        return Policy(str(name), compile_after=COMPILE_AFTER)
     return Policy(
         _cpu(),
         mx.float32,
-        native=kernels.missing is None,
+        native=cpu.missing() is None,
         compiled=False,
-        memory=_available_memory() // 2,
+        memory=available_memory() // 2,
     )
 
 
 def _cpu() -> str:
-    parts = ["CPU", f"BLAS: {blas.in_use or 'that of MLX'}"]
-    if allocator.in_use:
-        parts.append("own allocator")
-    if kernels.missing:
-        parts.append(f"no kernels of its own ({kernels.missing})")
-    return ", ".join(parts)
+    missing = cpu.missing()
+    return "CPU" if missing is None else f"CPU, many times slower than it could be: {missing}"
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """What to compute in, for weights stored in `stored`."""
     return policy().dtype or stored
-
-
-def _available_memory() -> int:
-    """Bytes that can be used without swapping; half of the memory where it isn't known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _name(dtype: mx.Dtype) -> str:

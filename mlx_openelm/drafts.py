@@ -15,7 +15,7 @@ SURE = {8: 0.9, 5: 0.8, 3: 0.6, 2: 0.4}  # a first guess of the acceptance after
 CATCH_UP = 32  # tokens of the text that a draft model reads at most before it drafts
 
 Pick = Callable[[mx.array, list[mx.array]], mx.array]
-"""(logits [1, vocab], tokens drafted before, each [1]) -> the token [1] to draft."""
+"""(logits [1, vocab], tokens drafted before, each [1]) -> the token [1] to draft, begun."""
 
 
 class Draft(NamedTuple):
@@ -25,11 +25,14 @@ class Draft(NamedTuple):
         tokens: [n]; perhaps not computed yet.
         kind: what is known of such drafts.
         probs: [n, vocab], the probabilities the tokens were drawn with; None where they weren't.
+        check: called with (text, drafted tokens, rows); raises OpenELMError when the draft model's
+            logits for one of these rows aren't finite.
     """
 
     tokens: mx.array
     kind: Kind
     probs: mx.array | None = None
+    check: Callable[[list[int], list[int], range], None] | None = None
 
 
 class PromptLookup:
@@ -105,15 +108,19 @@ class DraftModel:
         if behind > self._window or (room is not None and behind + length - 1 > room):
             self._cache.trim(self._cache.offset)
             self._start = max(len(text) - self._window, 0)
-        tokens = mx.array(text[self._read :])
+        tokens = mx.array(self.known(text[self._read :]))
         drafts: list[mx.array] = []
         while True:
-            logits = self.model(tokens[None], self._cache, last_only=True)[:, 0]
+            logits = self.model.step(tokens[None], self._cache, last_only=True)[:, 0]
             tokens = pick(logits, drafts)
-            mx.async_eval(tokens)  # type: ignore[no-untyped-call]
             drafts.append(tokens)
             if len(drafts) == length:
                 return drafts
+
+    def known(self, text: list[int]) -> list[int]:
+        """`text` as this model can read it: ids that only the larger model has become 0."""
+        size = self.model.config.vocab_size
+        return [token if token < size else 0 for token in text]
 
     def _forget(self, tokens: int) -> None:
         """Forget what was read beyond the first `tokens` of the text: drafts that didn't hold."""

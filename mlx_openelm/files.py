@@ -8,6 +8,7 @@ that editors write.
 from __future__ import annotations
 
 import codecs
+import fcntl
 import json
 import os
 import stat
@@ -216,10 +217,52 @@ def read_yaml(path: Path, limit: int = 1 << 20) -> Any:
         raise InputError(f"{path}: not a YAML file ({reason})") from None
 
 
+def sync(descriptor: int) -> None:
+    """Flush an open file or directory to the disk itself.
+
+    On macOS fsync leaves the data in the drive's cache; F_FULLFSYNC flushes that too, on file
+    systems that have it. Source: fsync(2) of macOS.
+
+    Raises:
+        OSError: when it can't be flushed.
+    """
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+        except OSError:  # a network's file system, mostly
+            pass
+        else:
+            return
+    os.fsync(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory for output, and those above it; one that is there is kept.
+
+    Raises:
+        InputError: when it can't be made, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: is a file, not a directory") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: nothing can be written there")
+
+
 def shown(text: object) -> str:
     """A stranger's text (a name, say), fit for one line of an error message."""
     text = str(text)
     return repr(text if len(text) <= 100 else text[:100] + "…")
+
+
+def brief(value: object) -> str:
+    """A stranger's value (a number, a list), fit for one line of an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _check(path: Path, status: os.stat_result, limit: int | None) -> None:

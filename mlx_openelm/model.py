@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import mlx.core as mx
 
 from . import device, network
+from .backends import cpu
 from .cache import Buffer, KVCache, view
 from .config import OpenELMConfig
+from .errors import OpenELMError
 from .quantization import Quantization, Scheme
+from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
 
 # Lengths that a compiled step is made for; in between, tokens are padded. Of short ones there are
@@ -34,7 +37,7 @@ class OpenELM:
         policy: how to compute (default: what suits the device).
 
     Raises:
-        InputError: when a tensor is missing, too many, or of the wrong shape; names it.
+        InputError: when a tensor is missing, too many, or of the wrong shape or dtype; names it.
     """
 
     def __init__(
@@ -45,16 +48,19 @@ class OpenELM:
         dtype: mx.Dtype = mx.float32,
         policy: device.Policy | None = None,
     ) -> None:
+        self._process = os.getpid()
         self.config = config
         self.quantization = quantization
         self.dtype = dtype
         self.policy = policy or device.policy()
         if arrays is None:
             arrays = random_arrays(config)
-        self.weights = make_weights(config, arrays, quantization, dtype)
-        self._formulation = _formulation(self.policy, dtype)
-        if quantization is not None and self.policy.dequantize(config):
-            self.weights = dequantize(self.weights, dtype, self._formulation.multiplies)
+        native = self.policy.native and dtype == mx.float32
+        self.weights = make_weights(config, arrays, quantization, dtype, as_stored=native)
+        if quantization is not None and (native or self.policy.dequantize(config)):
+            multiplies = cpu.can_multiply if native else network.multiplies
+            self.weights = dequantize(self.weights, dtype, multiplies)
+        self._network = cpu.Network(config, self.weights) if native else None
         self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so
         self._steps: dict[tuple[Scheme | None, bool, bool], Callable[..., _Out]] = {}
         self._short_steps: Counter[int] = Counter()  # that weren't compiled, by length
@@ -62,7 +68,7 @@ class OpenELM:
     def __call__(
         self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
     ) -> mx.array:
-        """Logits of the tokens that follow.
+        """Logits of the tokens that follow. Waits for `tokens`, to check them.
 
         Args:
             tokens: [B, L] integers.
@@ -73,11 +79,29 @@ class OpenELM:
             [B, L, vocab_size], or [B, 1, vocab_size], in `dtype`.
 
         Raises:
-            InputError: when the tokens don't fit into the model's context.
+            InputError: when `tokens` aren't ids of the model's vocabulary, or don't fit into its
+                context.
         """
+        check_tokens(tokens, self.config.vocab_size)
+        return self.step(tokens, cache, last_only)
+
+    def step(
+        self, tokens: mx.array, cache: KVCache | None = None, last_only: bool = False
+    ) -> mx.array:
+        """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
+        if os.getpid() != self._process:
+            raise OpenELMError(
+                "the model was loaded in the process that this one was forked from, and MLX's "
+                "threads don't exist here: load it in this process, or start processes with spawn"
+            )
         if cache is None:
             cache = self.make_cache()
         batch, length = tokens.shape
+        if self._network is not None:
+            cache.reserve(batch, length)
+            logits = self._network(tokens, cache, last_only)
+            cache.offset += length
+            return logits
         # What pads a step is overwritten by the next one; a ring would lose old tokens to it.
         padded = length
         # A context that slides takes steps of many lengths, which would each be traced.
@@ -107,7 +131,7 @@ class OpenELM:
         key = (scheme, last_only, compiled)
         if key in self._steps:
             return self._steps[key]
-        run: network.Step = self._formulation.make_step(self.config, self.weights, scheme)
+        run: network.Step = network.make_step(self.config, self.weights, scheme)
 
         def step(
             tokens: mx.array,
@@ -153,14 +177,6 @@ class OpenELM:
     def nbytes(self) -> int:
         """Bytes of all weights, as held in memory."""
         return sum(array.nbytes for array in self.parameters().values())
-
-
-def _formulation(policy: device.Policy, dtype: mx.Dtype) -> ModuleType:
-    if not policy.native or dtype != mx.float32:
-        return network
-    from . import native  # fails where its kernels are missing
-
-    return native
 
 
 _Out = tuple[mx.array, list[Buffer]]

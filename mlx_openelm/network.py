@@ -4,8 +4,8 @@ OpenELM (arXiv 2404.14619, section 2), as published in CoreNet's `general_gpt.py
 decoder layers, each with its own number of heads and its own FFN width; RMSNorm on queries and
 keys, rotary positions, grouped-query attention, a gated FFN, tied embeddings.
 
-It is written with MLX's fast kernels here. `native` writes the same step with kernels of this
-package, for CPUs, where MLX has none.
+It is written with MLX's fast kernels. On a CPU, where MLX has none, `backends.cpu` computes the
+same step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def attention(
     if layer.q_norm is not None:
         q = mx.fast.rms_norm(q, layer.q_norm, config.rms_norm_eps)
         k = mx.fast.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-    offset = view.positions[:, 0]
-    q, k = (_rotate(heads, config, offset) for heads in (q, k))
+    # One for each row: of a single offset, Metal and CUDA read beyond it or leave rows out.
+    offsets = mx.broadcast_to(view.positions[:, 0], (B,))
+    q, k = (_rotate(heads, config, offsets) for heads in (q, k))
     buffer = write(buffer, mx.concatenate([k, v], axis=1), view.slot, scheme)
     keys, values = read(buffer, scheme, x.dtype)
     mask = view.mask[:, None]
@@ -51,14 +52,14 @@ def attention(
     return layer.out_proj(y.transpose(0, 2, 1, 3).reshape(B, q.shape[2], -1)), buffer
 
 
-def _rotate(heads: mx.array, config: OpenELMConfig, offset: mx.array) -> mx.array:
+def _rotate(heads: mx.array, config: OpenELMConfig, offsets: mx.array) -> mx.array:
     return mx.fast.rope(
         heads,
         config.head_dim,
         traditional=False,
         base=config.rope_freq_constant,
         scale=1.0,
-        offset=offset,
+        offset=offsets,
     )
 
 

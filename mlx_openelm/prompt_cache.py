@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .errors import InputError
+from .files import sync
 from .model import OpenELM
 from .shards import raw
 
@@ -88,7 +89,7 @@ class PromptCache:
             with part.open("xb") as out:
                 mx.save_safetensors(cast("Any", out), arrays, values)
                 out.flush()
-                os.fsync(out.fileno())
+                sync(out.fileno())
             part.replace(file)
         except OSError as error:
             raise InputError(f"{file}: can't be written ({error.strerror})") from None

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import InputError
+from .files import brief
 
 # mode -> (allowed group sizes, allowed bits), as `mx.quantize` has them.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -18,6 +19,8 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((32,), (8,)),
     "nvfp4": ((16,), (4,)),
 }
+
+PARTS = ("weight", "scales", "biases")  # of a quantized matrix, each a tensor
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise InputError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+            raise InputError(f"mode must be one of {', '.join(MODES)}, not {brief(self.mode)}")
         for name, allowed in zip(("group_size", "bits"), MODES[self.mode], strict=True):
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:
                 choice = ", ".join(map(str, allowed))
-                raise InputError(f"{name} of mode {self.mode} must be {choice}, not {value!r}")
+                raise InputError(f"{name} of mode {self.mode} must be {choice}, not {brief(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` holds it: always all three, because an override inherits nothing."""
@@ -72,7 +75,7 @@ class Quantization:
         exceptions: dict[str, Scheme | None] = {}
         for name, value in values.items():
             if isinstance(value, Mapping):
-                exceptions[name] = _scheme(value, f"{where}: quantization of {name!r}")
+                exceptions[name] = _scheme(value, f"{where}: quantization of {brief(name)}")
             elif value is False:
                 exceptions[name] = None
         return cls(_scheme(values, f"{where}: quantization"), exceptions)
@@ -139,7 +142,13 @@ class Matrix:
         """`rows` [...] of integers → those rows, [..., columns], in `dtype`."""
         if self.scheme is None:
             return self.weight[rows].astype(dtype)
-        return self._values(rows, dtype)
+        flat = rows.reshape(-1)
+        assert self.scales is not None
+        if self.scheme.mode == "nvfp4" and flat.size * self.scales.shape[-1] % 2:
+            # MLX's CPU backend takes these groups of 16 in pairs.
+            flat = mx.concatenate([flat, flat[:1]])
+        values = self._values(flat, dtype)[: rows.size]
+        return values.reshape(*rows.shape, -1)
 
     def _values(self, rows: Any, dtype: mx.Dtype) -> mx.array:
         assert self.scheme is not None and self.scales is not None
@@ -153,7 +162,7 @@ class Matrix:
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:
         """(`weight`, …) and whichever of `scales` and `biases` there are."""
-        for name in ("weight", "scales", "biases"):
+        for name in PARTS:
             array = getattr(self, name)
             if array is not None:
                 yield name, array
@@ -163,11 +172,17 @@ def quantize(weight: mx.array, scheme: Scheme) -> Matrix:
     """Quantize [rows, columns]; `columns` must be a multiple of the scheme's group size.
 
     Raises:
-        InputError: when it isn't.
+        InputError: when it isn't, or MLX can't quantize such a shape.
     """
     if weight.shape[-1] % scheme.group_size:
         raise InputError(
             f"{weight.shape[-1]} columns are not a multiple of the group size {scheme.group_size}"
         )
-    parts = mx.quantize(weight, **scheme.to_dict())
+    try:
+        parts = mx.quantize(weight, **scheme.to_dict())
+    except ValueError as error:  # nvfp4: an odd number of rows of an odd number of groups
+        raise InputError(
+            f"MLX can't quantize {list(weight.shape)} to {scheme.bits} bits of mode {scheme.mode} "
+            f"({error})"
+        ) from None
     return Matrix(parts[0], parts[1], parts[2] if len(parts) > 2 else None, scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -17,6 +18,14 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """(tokens so far [n], logits [B, vocab]) -> logits [B, vocab]."""
 
 
+GREEDY_TEMP = 1e-5
+"""Temperatures up to here take the likeliest token, as 0 does (vLLM's limit, too)."""
+
+TINY = 1e-30  # smaller numbers may be 0 in float32 on some devices
+COLD = 0.1  # below, logits of float32 are too coarse unless the largest is 0
+HOT = 1 / TINY
+
+
 def make_sampler(
     temp: float = 0.0,
     top_p: float = 0.0,
@@ -28,25 +37,30 @@ def make_sampler(
     """A function that draws tokens from log-probabilities.
 
     Args:
-        temp: temperature; 0 takes the most likely token, and the rest is ignored.
+        temp: temperature; up to `GREEDY_TEMP` takes the most likely token, and the rest is ignored.
         top_p: keep the most likely tokens that together reach this probability (nucleus,
             arXiv 1904.09751); 0 or 1 keeps all.
         min_p: keep tokens at least this times as likely as the likeliest (arXiv 2407.01082).
         min_tokens_to_keep: how many `min_p` always leaves.
         top_k: keep this many of the most likely tokens; 0 keeps all.
-        seed: for draws of its own, the same every time; else from MLX's global random state.
+        seed: from 0 to 2**64 - 1, for draws of its own. `generate` starts them again for every
+            text, `batch_generate` for each of its texts: equal prompts give equal texts. Without a
+            seed the draws are from MLX's global random state (`mx.random.seed`).
 
-    The filters apply before the temperature, as in mlx-lm.
+    The filters apply before the temperature, as in mlx-lm. All is computed in float32.
 
     Raises:
         InputError: when a value is out of its range.
     """
     _check("temp", temp, temp >= 0, "at least 0")
+    _check("temp", temp, temp < math.inf, "finite")
     _check("top_p", top_p, 0 <= top_p <= 1, "between 0 and 1")
     _check("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1")
-    _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "at least 1")
-    _check("top_k", top_k, top_k >= 0, "at least 0")
-    if temp == 0:
+    _check_count("min_tokens_to_keep", min_tokens_to_keep, 1)
+    _check_count("top_k", top_k, 0)
+    if seed is not None:
+        seed = _as_seed(seed)
+    if temp <= GREEDY_TEMP:
         return greedy
     filters: list[Callable[[mx.array], mx.array]] = []
     if 0 < top_p < 1:
@@ -58,16 +72,28 @@ def make_sampler(
     return Draws(temp, tuple(filters), seed)
 
 
+def _as_seed(seed: int) -> int:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed must be an integer, not {seed!r}") from None
+    if not 0 <= seed < 1 << 64:
+        shown = seed if seed.bit_length() <= 128 else f"one of {seed.bit_length()} bits"
+        raise InputError(f"seed must be between 0 and 2**64 - 1, not {shown}")
+    return seed
+
+
 def greedy(logprobs: mx.array) -> mx.array:
     """The likeliest tokens [B] of [B, vocab]."""
     return mx.argmax(logprobs, axis=-1)
 
 
 class Draws:
-    """The sampler of `make_sampler` at a temperature above 0.
+    """The sampler of `make_sampler` at a temperature above `GREEDY_TEMP`.
 
-    Every draw with a seed has a number, and what it gives depends on its number and not on the
-    draws before it. So a token that was drafted, rejected and drawn again is the same token.
+    With a seed, draws are numbered, and a draw depends on its number and not on the draws before
+    it: a token that was drafted, rejected and drawn again is the same token. A seeded draw is the
+    argmax of logits plus Gumbel noise, so that texts of one batch can share the noise.
     """
 
     def __init__(
@@ -78,42 +104,58 @@ class Draws:
     ) -> None:
         self.temp = temp
         self.filters = filters
-        self.seeded = seed is not None
+        self.seed = seed
         self._chain = None if seed is None else mx.random.key(seed)
         self._keys: list[mx.array] = []  # of the draws to come
 
+    def restarted(self) -> Draws:
+        """The same sampler before its first draw."""
+        return Draws(self.temp, self.filters, self.seed)
+
     def scaled(self, logprobs: mx.array) -> mx.array:
-        """Logits [B, vocab] whose softmax is the distribution that is drawn from."""
+        """Logits [B, vocab], float32, whose softmax is the distribution that is drawn from."""
+        logprobs = logprobs.astype(mx.float32)
         for keep in self.filters:
             logprobs = keep(logprobs)
-        return logprobs * (1 / self.temp)
+        if self.temp < COLD:
+            logprobs = logprobs - mx.max(logprobs, axis=-1, keepdims=True)
+        return logprobs * (1 / min(self.temp, HOT))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """Tokens [B]; the next draw."""
-        token = mx.random.categorical(self.scaled(logprobs), key=self._key(0))
-        self.advance(1)
-        return token
+        """Tokens [B], the next draw, each row's independent of the others'."""
+        return self._next(logprobs, logprobs.shape[0])
+
+    def each(self, logprobs: mx.array) -> mx.array:
+        """Tokens [B], the next draw, where each row is a text: what it would draw alone."""
+        return self._next(logprobs, 1)
 
     def ahead(self, logprobs: mx.array, first: int = 0) -> mx.array:
         """Tokens [n]: of row `i` [n, vocab], what the draw `first + i` after the next one gives."""
         logits = self.scaled(logprobs)
-        draws = [
-            mx.random.categorical(logits[i : i + 1], key=self._key(first + i))
-            for i in range(logits.shape[0])
-        ]
-        return mx.concatenate(draws) if len(draws) > 1 else draws[0]
+        if self.seed is None:
+            return mx.random.categorical(logits)
+        noise = [self._noise(first + i, 1, logits.shape[-1]) for i in range(logits.shape[0])]
+        return mx.argmax(logits + mx.concatenate(noise), axis=-1)
 
     def advance(self, count: int) -> None:
-        """`count` draws that were made `ahead` hold."""
+        """Consume the keys of `count` draws that were made `ahead`."""
         del self._keys[:count]
 
-    def _key(self, number: int) -> mx.array | None:
-        if self._chain is None:
-            return None
+    def _next(self, logprobs: mx.array, rows: int) -> mx.array:
+        logits = self.scaled(logprobs)
+        if self.seed is None:
+            return mx.random.categorical(logits)
+        noise = self._noise(0, rows, logits.shape[-1])
+        self.advance(1)
+        return mx.argmax(logits + noise, axis=-1)
+
+    def _noise(self, number: int, rows: int, vocab: int) -> mx.array:
+        """[rows, vocab] of the draw that comes `number` after the next one."""
+        assert self._chain is not None
         while len(self._keys) <= number:
             self._chain, key = mx.random.split(self._chain)
             self._keys.append(key)
-        return self._keys[number]
+        return mx.random.gumbel((rows, vocab), key=self._keys[number])
 
 
 def keep_top_k(logprobs: mx.array, k: int) -> mx.array:
@@ -129,7 +171,9 @@ def keep_top_p(logprobs: mx.array, p: float) -> mx.array:
     order = mx.argsort(-logprobs, axis=-1)
     probs = mx.softmax(mx.take_along_axis(logprobs, order, axis=-1).astype(mx.float32), axis=-1)
     before = mx.cumsum(probs, axis=-1, inclusive=False)
-    kept = mx.put_along_axis(mx.zeros_like(logprobs, dtype=mx.bool_), order, before < p, axis=-1)
+    kept = mx.put_along_axis(
+        mx.zeros_like(logprobs, dtype=mx.bool_), order, before < max(p, TINY), axis=-1
+    )
     return mx.where(kept, logprobs, -math.inf)
 
 
@@ -155,7 +199,7 @@ def make_logits_processors(
     """Functions that change the logits before sampling.
 
     Args:
-        logit_bias: token id -> what is added to its logit.
+        logit_bias: token id -> what is added to its logit: a finite number, or -inf.
         repetition_penalty: logits of recent tokens are divided by it when positive, multiplied
             when negative (CTRL, arXiv 1909.05858, with the sign fix that all runtimes have).
         presence_penalty: subtracted once from the logit of a recent token.
@@ -163,13 +207,16 @@ def make_logits_processors(
         repetition_context_size, presence_context_size, frequency_context_size: how many of the
             last tokens, prompt included, are recent.
 
+    Tokens whose id isn't in the logits (the vocabulary is cut to the tokenizer's) get no penalty.
+
     Raises:
-        InputError: when a penalty or context size is out of its range.
+        InputError: when a penalty, bias or context size is out of its range; and from the
+            processor, when the logits have no such id as `logit_bias` names.
     """
     processors: list[LogitsProcessor] = []
     if logit_bias:
         processors.append(_add_bias(logit_bias))
-    for name, make, penalty, size in (
+    for name, penalise, penalty, size in (
         ("repetition", _repetition, repetition_penalty, repetition_context_size),
         ("presence", _presence, presence_penalty, presence_context_size),
         ("frequency", _frequency, frequency_penalty, frequency_context_size),
@@ -177,52 +224,67 @@ def make_logits_processors(
         if penalty is None or penalty == 0:
             continue
         finite = math.isfinite(penalty)
-        _check(f"{name}_penalty", penalty, finite and (penalty > 0 or make is not _repetition))
-        _check(f"{name}_context_size", size, size >= 1, "at least 1")
-        processors.append(_on_recent(make, penalty, size))
+        _check(f"{name}_penalty", penalty, finite and (penalty > 0 or penalise is not _repetition))
+        _check_count(f"{name}_context_size", size, 1)
+        processors.append(_on_recent(penalise, penalty, size))
     return processors
 
 
 def _add_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
-    ids, values = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()))
-    highest, lowest = max(logit_bias), min(logit_bias)
+    for token, bias in logit_bias.items():
+        _check_count("a token id of logit_bias", token, 0)
+        _check(f"logit_bias of {token}", bias, bias < math.inf, "a number or -inf")
+    highest, values = max(logit_bias), mx.array(list(logit_bias.values()), mx.float32)
 
     def add(_: mx.array, logits: mx.array) -> mx.array:
         size = logits.shape[-1]
-        _check("logit_bias", highest, lowest >= 0 and highest < size, f"for ids below {size}")
+        _check("logit_bias", highest, highest < size, f"for ids below {size}")
+        ids = mx.array(list(logit_bias), mx.int32)
         return logits.at[:, ids].add(values.astype(logits.dtype))
 
     return add
 
 
 _Penalise = Callable[[mx.array, mx.array, float], mx.array]
+"""(logits [B, vocab], how often each token occurred [vocab], penalty) -> logits."""
 
 
 def _on_recent(penalise: _Penalise, penalty: float, size: int) -> LogitsProcessor:
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         if tokens.size == 0:
             return logits
-        return penalise(logits, tokens[-size:], penalty)
+        recent = tokens[max(tokens.size - size, 0) :]
+        counts = occurrences(recent, logits.shape[-1])
+        return penalise(logits, counts, penalty).astype(logits.dtype)
 
     return process
 
 
-def _repetition(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    chosen = logits[:, recent]
-    chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
-    logits[:, recent] = chosen
-    return logits
+def occurrences(tokens: mx.array, vocab: int) -> mx.array:
+    """How often each id below `vocab` is in `tokens` [n]: [vocab], float32. Others don't count."""
+    known = (tokens >= 0) & (tokens < vocab)
+    slots = mx.where(known, tokens, vocab).astype(mx.int32)  # the last slot takes the others
+    return mx.zeros(vocab + 1).at[slots].add(1)[:vocab]
 
 
-def _presence(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    logits[:, recent] = logits[:, recent] - penalty
-    return logits
+def _repetition(logits: mx.array, counts: mx.array, penalty: float) -> mx.array:
+    penalised = mx.where(logits < 0, logits * penalty, logits / penalty)
+    return mx.where(counts > 0, penalised, logits)
 
 
-def _frequency(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    return logits.at[:, recent].subtract(mx.array(penalty, logits.dtype))
+def _presence(logits: mx.array, counts: mx.array, penalty: float) -> mx.array:
+    return mx.where(counts > 0, logits - penalty, logits)
+
+
+def _frequency(logits: mx.array, counts: mx.array, penalty: float) -> mx.array:
+    return logits - counts * penalty
 
 
 def _check(name: str, value: float, fits: bool, wanted: str = "a positive number") -> None:
     if not fits:
         raise InputError(f"{name} must be {wanted}, not {value}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    _check(name, value, whole and value >= least, f"at least {least}, and an integer")

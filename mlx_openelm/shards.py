@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 
+from .files import sync
+
 SHARD_BYTES = 1 << 30
 
 # MLX's dtypes by the names that the format has for them
@@ -83,7 +85,7 @@ def new_shards(
         if unfinished:
             raise ValueError(f"tensor {unfinished[0]} is not complete")
         for file in files:
-            os.fsync(file.fileno())
+            sync(file.fileno())
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in shards.items() for tensor in shard}
         total = sum(spec.nbytes for spec in specs.values())

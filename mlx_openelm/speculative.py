@@ -11,19 +11,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from .cache import KVCache
-from .choosing import Chooser
+from .choosing import Choice, Chooser
 from .decoding import prefill, token_limit
 from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
 from .model import OpenELM
 from .pace import LENGTHS, Costs, Kind, Pace
-from .sampling import LogitsProcessor, Sampler, make_sampler
+from .sampling import LogitsProcessor, Sampler
+from .token_ids import as_token_ids
 
 SURE_ENOUGH = 0.5  # the acceptance that makes it worth to wait whether a passage goes on
 
@@ -66,25 +68,33 @@ class Step(NamedTuple):
     """A step of the model on its way.
 
     Attributes:
-        tokens: [n + 1], what the model says after the text and after each of n drafted tokens.
-        logprobs: [n + 1, vocab].
+        choice: n + 1 tokens, what the model says after the text and after each of n drafted ones.
         draft: those n; None for a plain step.
         in_time: whether it was begun before the step before it was over.
     """
 
-    tokens: mx.array
-    logprobs: mx.array
+    choice: Choice
     draft: Draft | None = None
     in_time: bool = False
 
-    def wait(self) -> list[int]:
-        """The tokens that hold: the draft as far as the model agrees, then the model's own."""
-        tokens = cast("list[int]", self.tokens.tolist())
+    def wait(self, model: OpenELM, text: list[int]) -> list[int]:
+        """The tokens that hold: the draft as far as the model agrees, then the model's own.
+
+        Args:
+            model: whose step it is.
+            text: the token ids before it.
+
+        Raises:
+            OpenELMError: when the logits aren't finite.
+        """
         drafted = cast("list[int]", self.draft.tokens.tolist()) if self.draft else []
-        for held, token in enumerate(drafted):
-            if tokens[held] != token:
-                return tokens[: held + 1]
-        return tokens
+        tokens = cast("list[int]", self.choice.tokens.tolist())
+        agree = (ours == theirs for ours, theirs in zip(tokens, drafted, strict=False))
+        rows = range(sum(takewhile(bool, agree)) + 1)
+        if self.draft and self.draft.check:
+            self.draft.check(text, drafted, rows)
+        # Attention gives NaN of later tokens to earlier ones too, masked or not: 0 · NaN is NaN.
+        return self.choice.wait(model, lambda _: [*text, *drafted], rows)[: len(rows)]
 
 
 def speculative_generate_step(
@@ -127,6 +137,8 @@ def speculative_generate_step(
         InputError: as `generate_step`; and for a context that slides, since what was drafted in
             vain can't be taken back there.
     """
+    prompt = as_token_ids(prompt, model.config.vocab_size)
+    earlier = as_token_ids(cached_tokens, model.config.vocab_size, "cached_tokens")
     if prompt.size == 0:
         raise InputError("the prompt is empty")
     if prefill_step_size is not None and prefill_step_size < 1:
@@ -144,16 +156,21 @@ def speculative_generate_step(
             f"the draft model knows {draft_model.config.vocab_size} tokens, the model "
             f"{vocab_size}: they can't have the same tokenizer"
         )
-    seen = mx.concatenate([mx.array(list(cached_tokens), mx.int32), prompt])
     return _Loop(
         model,
         cache,
-        Chooser(sampler or make_sampler(), logits_processors or (), seen, vocab_size),
+        Chooser(sampler, logits_processors or (), mx.concatenate([earlier, prompt]), vocab_size),
         DraftModel(draft_model) if draft_model is not None else None,
         PromptLookup() if prompt_lookup else None,
         pace or Pace(num_draft_tokens, _costs(model, draft_model)),
         statistics or Speculation(),
-    ).run(prompt, cached_tokens, max_tokens, prefill_step_size, prompt_progress_callback)
+    ).run(
+        prompt,
+        cast("list[int]", earlier.tolist()),
+        max_tokens,
+        prefill_step_size,
+        prompt_progress_callback,
+    )
 
 
 _measured: WeakKeyDictionary[OpenELM, WeakKeyDictionary[OpenELM, Costs]] = WeakKeyDictionary()
@@ -196,21 +213,22 @@ class _Loop:
         left = token_limit(self.cache, prompt.size, max_tokens)
         assert left is not None  # the context doesn't slide
         logits = prefill(self.model, prompt, self.cache, prefill_step_size, progress)
-        step = self._chosen(logits)
+        step = Step(self.chooser.choose(logits, first=True))
         self._extend([*cached_tokens, *cast("list[int]", prompt.tolist())])
         self.before -= len(cached_tokens)
         if progress:
-            mx.eval(step.tokens)
+            mx.eval(step.choice.tokens)
             progress(prompt.size, prompt.size)
         given = len(self.text)
         then: float | None = None
         try:
             while True:
                 following = None
-                if step.draft is None and left > 1 and not self._worth_waiting(left - 1):
+                plain = step.draft is None and left > 1 and self.model.policy.overlapped
+                if plain and not self._worth_waiting(left - 1):
                     # Whatever this step gives, a plain one follows: begun before this is over.
-                    following = self._plain(step.tokens, unknown=1)
-                tokens = step.wait()
+                    following = self._plain(step.choice.tokens, unknown=True)
+                tokens = step.wait(self.model, self.text)
                 now = time.perf_counter()
                 self._note(step, tokens, None if then is None else now - then)
                 then = now
@@ -221,7 +239,7 @@ class _Loop:
                     following = self._next(left)
                 for i, token in enumerate(tokens):
                     given += 1
-                    yield token, step.logprobs[i], i < len(tokens) - 1
+                    yield token, step.choice.logprobs[i], i < len(tokens) - 1
                 if following is None:
                     return
                 step = following
@@ -287,34 +305,34 @@ class _Loop:
         else:
             assert self.draft_model is not None
             draft = self._ask(self.draft_model, length)
-        logits = self.model(mx.concatenate([last, draft.tokens])[None], self.cache)[0]
-        return self._chosen(logits, draft=draft)
+        logits = self.model.step(mx.concatenate([last, draft.tokens])[None], self.cache)[0]
+        return Step(self.chooser.choose(logits, draft.tokens, draft=draft), draft)
 
     def _ask(self, draft_model: DraftModel, length: int) -> Draft:
         """A draft of the draft model, by the rule that lets most of it hold."""
         probs: list[mx.array] = []
+        choices: list[Choice] = []
 
-        def pick(logits: mx.array, drafts: list[mx.array]) -> mx.array:
+        def propose(logits: mx.array, drafts: list[mx.array]) -> mx.array:
             ahead = mx.concatenate(drafts) if drafts and self.chooser.processors else None
-            return self.chooser.pick(self.chooser.processed(logits, ahead), len(drafts), probs)
+            choices.append(self.chooser.propose(logits, ahead, len(drafts), probs))
+            return choices[-1].tokens
 
-        tokens = draft_model.draft(self.text, length, pick)
+        def check(text: list[int], drafted: list[int], rows: range) -> None:
+            for row in rows[: len(choices)]:
+                read = draft_model.known([*text, *drafted[:row]])
+                choices[row].wait(draft_model.model, lambda _, read=read: read)  # type: ignore[misc]
+
+        tokens = draft_model.draft(self.text, length, propose)
         return Draft(
-            mx.concatenate(tokens), draft_model.kind, mx.concatenate(probs) if probs else None
+            mx.concatenate(tokens),
+            draft_model.kind,
+            mx.concatenate(probs) if probs else None,
+            check,
         )
 
-    def _plain(self, token: mx.array, unknown: int = 0) -> Step:
-        """A step after `token` [1]; `unknown`: 1 if the text doesn't have it yet."""
-        logits = self.model(token[None], self.cache, last_only=True)[:, 0]
-        return self._chosen(logits, token if unknown else None)
-
-    def _chosen(
-        self, logits: mx.array, token: mx.array | None = None, draft: Draft | None = None
-    ) -> Step:
-        """The step whose `logits` are these; `token` [1] is the one before, where still unknown."""
-        ahead = draft.tokens if draft else token
-        logits = self.chooser.processed(logits, ahead)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        tokens = self.chooser.choose(logits, logprobs, 0 if token is None else 1, draft)
-        mx.async_eval(tokens)  # type: ignore[no-untyped-call]
-        return Step(tokens, logprobs, draft, in_time=token is not None)
+    def _plain(self, token: mx.array, unknown: bool = False) -> Step:
+        """A step after `token` [1]; `unknown`: whether the text doesn't have it yet."""
+        logits = self.model.step(token[None], self.cache, last_only=True)[:, 0]
+        ahead = token if unknown else None
+        return Step(self.chooser.choose(logits, ahead, int(unknown)), in_time=unknown)

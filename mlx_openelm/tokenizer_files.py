@@ -1,227 +1,248 @@
-"""The tokenizer files of a model directory, for us and for the rest of the MLX world."""
+"""The tokenizer files of a model directory: found, carried to another, and written."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from .added_tokens import content, declared, read_token
+from .chat import CHAT_TEMPLATE, named_templates, read_chat_template, template_files
+from .config import check_token_ids, token_ids
 from .errors import InputError
-from .tokenizer import CHAT_TEMPLATE
-from .vocabulary import SPACE, read_sentencepiece
+from .files import find_in, read_bytes, read_json
+from .sentencepiece_model import (
+    parse_sentencepiece,
+    to_tokenizer_json,
+    why_no_tokenizer_json,
+)
+from .vocabulary import added_to_sentencepiece, read_sentencepiece
 
-# Field numbers and values of SentencePiece's `sentencepiece_model.proto`.
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_TEXT, _SCORE, _KIND = 1, 2, 3
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_MODEL_TYPE, _SPACE_AS_SUFFIX = 3, 24
-_CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
-_BPE = 2
-
-
-class Piece(NamedTuple):
-    """A token of a SentencePiece model; `kind` is 1 normal, 2 unknown, 3 control, 4 user-defined,
-    5 unused, 6 byte."""
-
-    text: str
-    score: float
-    kind: int
+MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+GENERATION = "generation_config.json"
+CHAT = "chat_template.jinja"
 
 
-class SentencePieceModel(NamedTuple):
-    """A SentencePiece model file; `trainer` and `normalizer` by field number."""
+def find_tokenizer(directory: Path) -> Path:
+    """The directory's `tokenizer.json`, else its `tokenizer.model`.
 
-    pieces: list[Piece]
-    trainer: dict[int, Any]
-    normalizer: dict[int, Any]
+    In this order as in transformers: a `tokenizer.model` beside a `tokenizer.json` may lack the
+    added tokens.
+
+    Raises:
+        InputError: when it has neither.
+    """
+    for name in (JSON, MODEL):
+        if path := find_in(directory, name):
+            return path
+    raise InputError(
+        f"{directory}: no tokenizer.model or tokenizer.json; "
+        "OpenELM uses LLaMA's tokenizer: name one with --tokenizer PATH_OR_REPO"
+    )
 
 
-def write_tokenizer_files(model_file: Path, directory: Path, chat: bool) -> str | None:
-    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` into `directory`.
+def read_optional(directory: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a directory; empty: there is no such file.
 
-    `model_file` is a SentencePiece model. With `chat`, the configuration holds the chat template
-    of the OpenELM Instruct models. The same model always gives the same bytes. Through these
-    files transformers, and so mlx-lm, finds the ids that `Tokenizer` finds.
+    Raises:
+        InputError: when it can't be read.
+    """
+    path = find_in(directory, name)
+    return {} if path is None else read_json(path)
+
+
+def first_template(directories: Iterable[Path]) -> str | dict[str, str] | None:
+    """The chat template, or the templates by name, of the first directory that has one.
+
+    Raises:
+        InputError: when a file can't be read, or a template isn't text.
+    """
+    for directory in directories:
+        template = read_chat_template(directory, read_optional(directory, CONFIG))
+        if template is not None:
+            return template
+    return None
+
+
+def end_ids(own: int, model: Path | None, adapter: Path | None = None) -> set[int]:
+    """The ids that end a text: the tokenizer's own EOS, and those that a model's directory adds.
+
+    It adds those in `generation_config.json`, else those in `config.json`, as in mlx-lm. That of
+    an adapter's directory takes the place of the model's `generation_config.json`.
+
+    Raises:
+        InputError: when a file can't be read, or its `eos_token_id` holds no ids.
+    """
+    if model is None:
+        return {own}
+    adapted = adapter is not None and find_in(adapter, GENERATION) is not None
+    generation = adapter if adapter is not None and adapted else model
+    for directory, name in ((generation, GENERATION), (model, "config.json")):
+        found = read_optional(directory, name).get("eos_token_id")
+        if found is not None:
+            try:
+                return {own, *token_ids(check_token_ids("eos_token_id", found))}
+            except InputError as error:
+                raise InputError(f"{directory / name}: {error}") from None
+    return {own}
+
+
+def carried_files(source: Path) -> dict[str, Path]:
+    """The files that say how text becomes ids and conversations become text, by relative name.
+
+    `source` is a directory, or a file that stands for itself.
+
+    Raises:
+        InputError: when one is a link to somewhere outside the directory.
+    """
+    if not source.is_dir():
+        return {JSON if source.suffix == ".json" else MODEL: source}
+    names = (MODEL, JSON, CONFIG, SPECIAL, ADDED)
+    found = {name: path for name in names if (path := find_in(source, name))}
+    return found | template_files(source)
+
+
+def carry_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a tokenizer's files into `directory`, byte for byte.
+
+    Raises:
+        InputError: when one can't be read.
+    """
+    for name, path in carried_files(source).items():
+        copy_file(path, directory / name)
+
+
+def carry_generation_config(source: Path, directory: Path) -> None:
+    """Copy a model directory's `generation_config.json`, if it has one, byte for byte.
+
+    Raises:
+        InputError: when it can't be read.
+    """
+    if source.is_dir() and (path := find_in(source, GENERATION)):
+        copy_file(path, directory / GENERATION)
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Write a small file's bytes to `target`.
+
+    Raises:
+        InputError: when `path` can't be read.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(read_bytes(path))
+
+
+def write_tokenizer_files(
+    source: Path,
+    directory: Path,
+    chat: bool,
+    template: str | Mapping[str, str] | None = None,
+) -> str | None:
+    """Write a tokenizer into a model directory, for us and for the rest of the MLX world.
+
+    `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte.
+    What transformers, and so mlx-lm, needs and `source` lacks is added: a `tokenizer.json` that
+    equals the `tokenizer.model`, a `tokenizer_config.json` that makes transformers take it as it
+    is, and with `chat` the chat template of the OpenELM Instruct models, where there is none. A
+    `template`, or several by their names, takes the place of the source's. The same source always
+    gives the same bytes.
 
     Returns None, or the reason why there is no `tokenizer.json`: some SentencePiece models have
     no equal there. `load_tokenizer` can use such a directory; mlx-lm would find other ids.
 
     Raises:
-        InputError: when `model_file` can't be read, is no SentencePiece model, or has no BOS or
-            EOS token.
+        InputError: when a file can't be read or used, or there is no BOS or EOS token.
     """
-    processor = read_sentencepiece(model_file)
-    bos, eos, unknown = processor.bos_id(), processor.eos_id(), processor.unk_id()
-    if bos < 0 or eos < 0:
-        raise InputError(f"{model_file}: has no BOS or no EOS token; OpenELM needs both")
-    data = model_file.read_bytes()
-    (directory / "tokenizer.model").write_bytes(data)
-    model = parse_sentencepiece(data)
-    configuration = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": model.pieces[bos].text,
-        "eos_token": model.pieces[eos].text,
-        "unk_token": model.pieces[unknown].text,
-        "clean_up_tokenization_spaces": False,
-    }
-    if chat:
-        configuration["chat_template"] = CHAT_TEMPLATE
-    _write_json(directory / "tokenizer_config.json", configuration)
-    reason = _no_equal(model)
-    if reason is None:
-        _write_json(directory / "tokenizer.json", _tokenizer_json(model, bos, unknown))
+    files = carried_files(source)
+    settings = read_json(files[CONFIG]) if CONFIG in files else {}
+    root = source if source.is_dir() else None
+    has_template = root is not None and read_chat_template(root, settings) is not None
+    made: dict[str, Any] = {}
+    if template is not None:
+        has_template = True
+        replaced = template_files(root) if root is not None else {}
+        files = {name: path for name, path in files.items() if name not in replaced}
+        made = named_templates(template)
+    reason = None
+    if JSON not in files:
+        if MODEL not in files:
+            raise InputError(f"{source}: no tokenizer.model or tokenizer.json")
+        more, reason = _from_model(files, settings)
+        made |= more
+    elif CONFIG not in files:
+        made[CONFIG] = _configuration(_named_in_json(files[JSON]))
+    if chat and not has_template:
+        if CONFIG in made:
+            made[CONFIG]["chat_template"] = CHAT_TEMPLATE
+        else:
+            made[CHAT] = CHAT_TEMPLATE
+    for name, path in files.items():
+        if name not in made:
+            copy_file(path, directory / name)
+    for name, value in made.items():
+        if isinstance(value, str):
+            file = directory / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(value, encoding="utf-8", newline="")
+        else:
+            _write_json(directory / name, value)
     return reason
 
 
-def _no_equal(model: SentencePieceModel) -> str | None:
-    """Why no `tokenizer.json` gives the ids that this model gives, or None."""
-    if model.trainer.get(_MODEL_TYPE) != _BPE:
-        return "the SentencePiece model is not of the BPE kind"
-    if model.normalizer.get(_CHARSMAP) or model.normalizer.get(_REMOVE_SPACES, 1):
-        return "the SentencePiece model normalises its text itself"
-    if model.trainer.get(_SPACE_AS_SUFFIX, 0) or not model.normalizer.get(_ESCAPE_SPACES, 1):
-        return "the SentencePiece model does not mark a space at the front of a word"
-    if any(piece.kind in (_USER_DEFINED, _UNUSED) for piece in model.pieces):
-        return "the SentencePiece model has user-defined or unused pieces"
-    normal = {piece.text for piece in model.pieces if piece.kind == _NORMAL}
-    if not normal.issuperset("".join(normal)):
-        return "the SentencePiece model has no piece for a character of another piece"
-    equals: dict[float, list[str]] = {}
-    for piece in model.pieces:
-        if piece.kind == _NORMAL and len(piece.text) > 1:
-            equals.setdefault(piece.score, []).append(piece.text)
-    if any(len(texts) > 1 and len(set("".join(texts))) > 1 for texts in equals.values()):
-        return "the SentencePiece model has different pieces of equal score"
-    return None
+def _from_model(
+    files: Mapping[str, Path], settings: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """`tokenizer.json` and `tokenizer_config.json` for a SentencePiece model."""
+    file = files[MODEL]
+    data, processor = read_sentencepiece(file)
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+        raise InputError(f"{file}: has no BOS or no EOS token; OpenELM needs both")
+    model = parse_sentencepiece(data, str(file))
+    names = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id}
+    found = declared(settings, str(file.parent / CONFIG), *_older(files))
+    named = {
+        **{name: model.pieces[i].text for name, i in names.items() if i >= 0},
+        **{name: text for name, token in found.named.items() if (text := content(token))},
+    }
+    # Without it transformers would build the class's own tokenizer from the vocabulary
+    configuration = {**settings, **_configuration(named)}
+    reason = why_no_tokenizer_json(model)
+    if reason is not None:
+        return {CONFIG: configuration}, reason
+    bos = settings.get("add_bos_token", True) is not False
+    eos = settings.get("add_eos_token", False) is True
+    values = to_tokenizer_json(model, bos, eos)
+    plain = values["added_tokens"]
+    values["added_tokens"] = added_to_sentencepiece(values, found, str(file))
+    if values["added_tokens"] != plain or "added_tokens_decoder" in settings:
+        configuration["added_tokens_decoder"] = {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in values["added_tokens"]
+        }
+    return {JSON: values, CONFIG: configuration}, None
 
 
-def _tokenizer_json(model: SentencePieceModel, bos: int, unknown: int) -> dict[str, Any]:
-    """A BPE tokenizer of Hugging Face's tokenizers: its parts, in their JSON form."""
-    bos_token = model.pieces[bos].text
-    bos_step = {"SpecialToken": {"id": bos_token, "type_id": 0}}
-    steps_a, steps_b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    prepend = [{"type": "Prepend", "prepend": SPACE}]
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    leading_space = bool(model.normalizer.get(_DUMMY_PREFIX, 1))
+def _older(files: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    special, added = (read_json(files[n]) if n in files else {} for n in (SPECIAL, ADDED))
+    return special, added
+
+
+def _configuration(named: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": piece.text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for i, piece in enumerate(model.pieces)
-            if piece.kind in (_UNKNOWN, _CONTROL)
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "NFC"},
-                *(prepend if leading_space else []),
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos_step, steps_a],
-            "pair": [bos_step, steps_a, bos_step, steps_b],
-            "special_tokens": {bos_token: {"id": bos_token, "ids": [bos], "tokens": [bos_token]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *(strip if leading_space else []),
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": model.pieces[unknown].text,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(piece.kind == _BYTE for piece in model.pieces),
-            "ignore_merges": False,
-            "vocab": {piece.text: i for i, piece in enumerate(model.pieces)},
-            "merges": _merges(model.pieces),
-        },
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "clean_up_tokenization_spaces": False,
     }
 
 
-def _merges(pieces: list[Piece]) -> list[str]:
-    """Every pair of pieces that makes a third, the one of the highest score first.
-
-    SentencePiece stores no merges: it joins the neighbours that make the piece of the highest
-    score, and of equal ones the leftmost. LLaMA's runs of spaces all have the same score, so a
-    long run grows from the left: the same as when the longest has precedence.
-    """
-    normal = {p.text: p.score for p in pieces if p.kind == _NORMAL}
-    longer = (text for text in normal if len(text) > 1)
-    by_score = sorted(longer, key=lambda text: (-normal[text], -len(text)))
-    return [
-        f"{text[:cut]} {text[cut:]}"
-        for text in by_score
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    ]
-
-
-def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """The fields of a SentencePiece model file that its own library doesn't give."""
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    for field, value in _fields(data):
-        if field == _PIECES:
-            piece = dict(_fields(value))
-            score = struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0]
-            pieces.append(Piece(piece[_TEXT].decode(), score, piece.get(_KIND, _NORMAL)))
-        elif field == _TRAINER:
-            trainer.update(_fields(value))
-        elif field == _NORMALIZER:
-            normalizer.update(_fields(value))
-    return SentencePieceModel(pieces, trainer, normalizer)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values (int for a varint, else bytes) of a protocol buffer message.
-
-    Source: "Encoding", protobuf.dev. The message is one that SentencePiece has parsed before.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte = data[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = varint()
-        field, wire = key >> 3, key & 7
-        if wire == 0:
-            yield field, varint()
-        else:
-            size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-            yield field, data[at : at + size]
-            at += size
+def _named_in_json(file: Path) -> dict[str, str]:
+    """BOS, EOS and unknown token of a `tokenizer.json` that nothing else names."""
+    added = read_json(file).get("added_tokens") or []
+    contents = {read_token(token, str(file)).content for token in added}
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {name: text for name, text in usual.items() if text in contents}
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -62,6 +62,13 @@ def dequantize(weights: Weights, dtype: mx.Dtype, multiplies: Callable[[Matrix],
     return Weights(embeddings, tuple(layers), weights.norm, lm_head)
 
 
+Kind = mx.Dtype | mx.DtypeCategory
+
+
+def _name(kind: Kind) -> str:
+    return str(kind).removeprefix("mlx.core.")
+
+
 _MATRICES = {"qkv_proj": "attn.", "out_proj": "attn.", "proj_1": "ffn.", "proj_2": "ffn."}
 _VECTORS = {"attn_norm": "", "ffn_norm": "", "q_norm": "attn.", "k_norm": "attn."}
 
@@ -71,25 +78,32 @@ def make_weights(
     arrays: Mapping[str, mx.array],
     quantization: Quantization | None,
     dtype: mx.Dtype,
+    as_stored: bool = False,
 ) -> Weights:
-    """Weights out of tensors by their name on disk, in `dtype`; the arguments are `OpenELM`'s.
+    """Weights out of tensors by their name on disk; the arguments are `OpenELM`'s.
+
+    Floating-point tensors are cast to `dtype`, but for matrices with `as_stored`.
 
     Raises:
-        InputError: when a tensor is missing, too many, or of the wrong shape; names it.
+        InputError: when a tensor is missing, too many, or of the wrong shape or dtype; names it.
     """
     left = dict(arrays)
     shapes = tensor_shapes(config)
 
-    def take(name: str, shape: tuple[int, ...]) -> mx.array:
+    def take(name: str, shape: tuple[int, ...], kind: Kind = mx.floating) -> mx.array:
         if name not in left:
             raise InputError(f"tensor {name} is missing; {list(shape)} is expected")
-        array = left.pop(name)
+        array = mx.array(left.pop(name))
         if array.shape != shape:
             raise InputError(
                 f"tensor {name} has the shape {list(array.shape)}; {list(shape)} is expected"
             )
-        floating = mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(dtype) if floating else array
+        if not mx.issubdtype(array.dtype, kind):
+            expected = "floating point" if kind == mx.floating else _name(kind)
+            raise InputError(f"tensor {name} is {_name(array.dtype)}; {expected} is expected")
+        # Kernels read rows of values that lie side by side.
+        keeps = kind != mx.floating or (as_stored and len(shape) == 2)
+        return mx.contiguous(array if keeps else array.astype(dtype))
 
     def vector(name: str) -> mx.array:
         return take(name + ".weight", shapes[name + ".weight"])
@@ -102,9 +116,10 @@ def make_weights(
         if scheme is None:
             raise InputError(f"tensor {module} is quantized, but the config doesn't say how")
         groups = (rows, columns // scheme.group_size)
+        scales = mx.floating if scheme.mode == "affine" else mx.uint8
         return Matrix(
-            take(module + ".weight", (rows, columns * scheme.bits // 32)),
-            take(module + ".scales", groups),
+            take(module + ".weight", (rows, columns * scheme.bits // 32), mx.uint32),
+            take(module + ".scales", groups, scales),
             take(module + ".biases", groups) if scheme.mode == "affine" else None,
             scheme,
         )

@@ -42,10 +42,10 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import map_names
 from mlx_openelm.quantization import Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
 from tests.checkpoints import EDITS, FIXTURES, Member, mutated, raw, safetensors, unzipped, zipped

@@ -11,12 +11,31 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from mlx_openelm import OpenELM, load
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A GPU may multiply float32 matrices in TF32, unless MLX finds this at its first product.
+os.environ["MLX_ENABLE_TF32"] = "0"
+
+from mlx_openelm import OpenELM, device, load
 from mlx_openelm.tokenizer import Tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from . import strict
+
 settings.register_profile("a busy machine is no failure", deadline=None)
 settings.load_profile("a busy machine is no failure")
+
+# A second run of the suite, with `MLX_OPENELM_POLICY=gpu`: as it is computed on a GPU.
+AS_ON_A_GPU = bool(os.environ.get(device.VARIABLE))
+if AS_ON_A_GPU:
+    strict.install()
+
+# What computes nothing, or doesn't ask for the policy, gives the same in both runs; `cpu` is the
+# CPU's own.
+WITHOUT_THE_POLICY = """
+    cpu cpu_arm differential memory
+    compare config geometry hub machine names pace packaging progress report results roofline
+    safetensors_file sources stopping tokenizer torch_file unpickler workloads
+"""
+collect_ignore = [f"test_{name}.py" for name in WITHOUT_THE_POLICY.split() if AS_ON_A_GPU]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

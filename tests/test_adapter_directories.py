@@ -26,9 +26,9 @@ from mlx_openelm.convert import checkpoint as checkpoint_module
 from mlx_openelm.convert.adapters import product
 from mlx_openelm.convert.checkpoint import READERS, Checkpoint, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.hub import BUNDLED
+from mlx_openelm.names import map_names
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 
 from .conftest import Run
@@ -611,11 +611,10 @@ def test_the_bytes_do_not_depend_on_the_blas(tmp_path: Path) -> None:
     (adapter / CONFIG).write_text('{"lora_parameters": {"rank": 64, "scale": 0.01}}')
     found = set()
     for environment in (
-        {"MLX_OPENELM_BLAS": "0"},
         {"OPENBLAS_NUM_THREADS": "1"},
         {"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "3"},
         {"OPENBLAS_CORETYPE": "Prescott"},
-        {"OPENBLAS_CORETYPE": "Nehalem", "MLX_OPENELM_BLAS": "0"},
+        {"OPENBLAS_CORETYPE": "Nehalem"},
     ):
         command = [sys.executable, "-c", SAME, str(adapter), str(where)]
         environment = {**os.environ, **environment}

@@ -17,9 +17,9 @@ from mlx_openelm.adapter_peft import alpha_over_rank, split
 from mlx_openelm.checkpoint import load_model, read_arrays
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import map_names
 
 from .conftest import Run
 from .models import CONFIGS

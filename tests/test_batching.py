@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -14,6 +17,9 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
+from mlx_openelm.batching import batch_generate_step
+from mlx_openelm.decoding import generate_step
+from mlx_openelm.sampling import LogitsProcessor
 from mlx_openelm.tokenizer import Tokenizer
 
 Demo = tuple[OpenELM, Tokenizer]
@@ -65,13 +71,68 @@ def test_processors_see_their_own_sequence(demo: Demo) -> None:
         assert text == alone(demo, prompt, n, logits_processors=penalty)
 
 
-def test_sequences_are_sampled_apart(demo: Demo) -> None:
+def test_processors_change_the_row_whose_tokens_they_see(demo: Demo) -> None:
+    """Also after rows have left the batch, and others have moved up."""
+
+    def spy(seen: dict[tuple[int, ...], mx.array]) -> LogitsProcessor:
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            seen[tuple(tokens.tolist())] = logits  # type: ignore[arg-type]
+            return logits
+
+        return process
+
+    limits = [2, 12, 2, 12]
+    together: dict[tuple[int, ...], mx.array] = {}
+    batch_generate(*demo, PROMPTS, limits, logits_processors=[spy(together)])
+    for prompt, limit in zip(PROMPTS, limits, strict=True):
+        by_itself: dict[tuple[int, ...], mx.array] = {}
+        alone(demo, prompt, limit, logits_processors=[spy(by_itself)])
+        assert len(by_itself) == limit
+        for text, logits in by_itself.items():
+            assert mx.allclose(together[text], logits, atol=1e-3).item()
+
+
+def test_the_next_step_is_built_before_tokens_are_waited_for(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps = demo[0], 0
+    monkeypatch.setattr(model, "policy", replace(model.policy, native=False))
+    step = model.step
+
+    def counted(*arguments: Any, **options: Any) -> mx.array:
+        nonlocal steps
+        steps += 1
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(model, "step", counted)
+    prompts = [mx.array([1, 7, 9]), mx.array([1, 5])]
+    assert [steps for _ in batch_generate_step(prompts, model, [4, 4])] == [2, 3, 4, 4]
+    steps = 0
+    # One text's first token is given out before.
+    assert [steps for _ in generate_step(prompts[0], model, max_tokens=5)] == [1, 3, 4, 5, 5]
+
+
+def test_sequences_are_sampled_apart_without_a_seed(demo: Demo) -> None:
     def texts() -> list[str]:
-        sampler = make_sampler(1.0, seed=3)
-        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=sampler).texts
+        mx.random.seed(3)
+        return batch_generate(*demo, [PROMPTS[0]] * 4, 20, sampler=make_sampler(1.0)).texts
 
     assert texts() == texts()
     assert len(set(texts())) == 4
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 50, "min_p": 0.01}], ids=str)
+def test_a_seeded_text_is_its_own_whoever_else_is_in_the_batch(
+    demo: Demo, size: int, options: dict[str, float]
+) -> None:
+    sampler = make_sampler(1.0, seed=7, **options)  # type: ignore[arg-type]
+    limits = [3, 20, 17, 25]
+    wanted = [alone(demo, p, n, sampler=sampler) for p, n in zip(PROMPTS, limits, strict=True)]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 1], [2]):
+        prompts, most = [PROMPTS[i] for i in order], [limits[i] for i in order]
+        response = batch_generate(*demo, prompts, most, completion_batch_size=size, sampler=sampler)
+        assert response.texts == [wanted[i] for i in order]
 
 
 def test_the_context_ends_each_sequence_by_itself(demo: Demo) -> None:

@@ -16,6 +16,8 @@ from mlx_openelm.shapes import tensor_shapes
 from .conftest import Run
 
 MODULE = "mlx_openelm.benchmarks"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+PEERS = RESULTS / "peers-amd-epyc-2cores" / "results.json"
 
 
 @pytest.fixture
@@ -62,6 +64,20 @@ def test_what_is_said_of_the_numbers() -> None:
     fast, slow = {"seconds": 2.0, "peak_bytes": 1e8}, {"seconds": 3.0, "peak_bytes": 2e9}
     said = conversion._ratio({"mlx-openelm": [fast, fast], "PyTorch": [slow, slow]})
     assert said == "PyTorch's time over ours: 1.50x (1.50 to 1.50); memory: 20.0x"
+
+
+@pytest.mark.parametrize("command", ["run", "speed", "report", "convert"])
+def test_where_it_cannot_write_it_does_not_begin(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    given = {
+        "run": ["--workloads", "long", "-o", tmp_path / "file"],
+        "speed": ["-o", tmp_path / "file"],
+        "report": [PEERS, "-o", tmp_path / "file"],
+        "convert": ["--json", tmp_path / "file" / "numbers.json"],
+    }[command]
+    result = run("mlx_openelm.benchmarks", command, *given)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path / 'file'}: is a file, not a directory\n"
 
 
 def test_startup_prints_its_table(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import InputError, OpenELM, load, stream_generate
+from mlx_openelm import InputError, OpenELM, device, load, stream_generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_model
 from mlx_openelm.hub import BUNDLED
 from mlx_openelm.quantization import Quantization, Scheme, quantize
@@ -47,7 +48,8 @@ def float32_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo in float32, in which mlx-lm computes as stored."""
     directory = Path(shutil.copytree(DEMO, tmp_path_factory.mktemp("float32") / "model"))
     model, _ = load(DEMO)
-    save_model(directory, model.config, model.parameters())
+    arrays = {name: array.astype(mx.float32) for name, array in model.parameters().items()}
+    save_model(directory, model.config, arrays)
     return directory
 
 
@@ -123,14 +125,8 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == model.nbytes
     (tmp_path / shards[1]).unlink()
-    with pytest.raises(InputError, match=f"{shards[1]}: missing"):
+    with pytest.raises(InputError, match=f"'{shards[1]}' is missing"):
         load_model(tmp_path)
-
-
-def test_a_tensor_in_two_files_is_refused(copy: Path) -> None:
-    shutil.copy(copy / "model.safetensors", copy / "other.safetensors")
-    with pytest.raises(InputError, match="is in model.safetensors too"):
-        load_model(copy)
 
 
 def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
@@ -162,7 +158,7 @@ def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
         ),
         (
             lambda d: edit_weights(d, lambda w: w.update(more=mx.ones(7))),
-            r"model.safetensors: tensor more is not part of the model",
+            r"model.safetensors: unknown tensors: 'more'",
         ),
         (
             lambda d: edit_config(d, quantization={"group_size": 64, "bits": 7}),
@@ -171,7 +167,7 @@ def test_a_head_that_repeats_the_embeddings_is_accepted(copy: Path) -> None:
         (lambda d: truncate(d / "model.safetensors", 1000), r"model.safetensors: "),
         (lambda d: truncate(d / "model.safetensors", -1000), r"model.safetensors: "),
         (lambda d: (d / "model.safetensors").write_bytes(b"no"), r"model.safetensors: "),
-        (lambda d: truncate(d / "tokenizer.model", 1000), r"tokenizer.model: "),
+        (lambda d: truncate(d / "tokenizer.json", 1000), r"tokenizer.json: "),
         (lambda d: remove_tokenizer(d), r"name one with --tokenizer PATH_OR_REPO"),
     ],
 )
@@ -221,7 +217,7 @@ def test_weights_stay_on_disk_when_lazy() -> None:
 
 
 def test_a_bundled_model_computes_in_float32_on_a_cpu() -> None:
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu and not os.environ.get(device.VARIABLE)
     assert load_model(DEMO).dtype == (mx.float32 if on_cpu else mx.float16)
     stored, _ = read_arrays(DEMO)
     assert {a.dtype for a in stored.values()} == {mx.float16}

@@ -281,14 +281,18 @@ def test_scaled_refuses(values: dict[str, Any], field: str) -> None:
 def test_hugging_face_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(HUGGING_FACE)
-    assert OpenELMConfig.from_json(path) == OpenELMConfig.from_name("OpenELM-270M")
+    assert OpenELMConfig.from_json(path) == OpenELMConfig.from_name(
+        "OpenELM-270M", bos_token_id=1, eos_token_id=2
+    )
 
 
 def test_hugging_face_config_from_its_multipliers() -> None:
     values = json.loads(HUGGING_FACE)
     del values["num_query_heads"], values["num_kv_heads"]
     values["ffn_multipliers"] = [0.5, 4.0]
-    assert OpenELMConfig.from_dict(values) == OpenELMConfig.from_name("OpenELM-270M")
+    assert OpenELMConfig.from_dict(values) == OpenELMConfig.from_name(
+        "OpenELM-270M", bos_token_id=1, eos_token_id=2
+    )
 
 
 def test_config_of_apples_mlx_example() -> None:
@@ -393,8 +397,11 @@ BAD_VALUES = [
     ("rope_freq_constant", float("inf")),
     ("rope_max_length", 0),
     ("max_context_length", -1),
-    ("bos_token_id", -1),
-    ("eos_token_id", [2]),
+    ("bos_token_id", -(2**31) - 1),
+    ("eos_token_id", [2.0]),
+    ("eos_token_id", "2"),
+    ("eos_token_id", [True]),
+    ("eos_token_id", 2**31),
 ]
 
 

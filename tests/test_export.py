@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import urllib.request
 import zipfile
 from dataclasses import replace
@@ -14,13 +18,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import OpenELM, OpenELMConfig, generate
+from mlx_openelm import OpenELM, OpenELMConfig, config, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
 from mlx_openelm.convert.export import export
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.errors import InputError
+from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import BUNDLED
+from mlx_openelm.names import map_names
 from mlx_openelm.tokenizer import Tokenizer
 
 from .conftest import Run
@@ -102,17 +106,51 @@ def test_a_file_too_large_for_a_plain_zip(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(torch.load(tmp_path / "demo.pt", weights_only=True)) == len(demo)
 
 
-def test_a_published_geometry_has_its_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_openelm import config
-
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, OpenELMConfig]:
+    """A model directory of a size that counts as published."""
     tiny = {"num_transformer_layers": 2, "model_dim": 64, "head_dim": 16}
     monkeypatch.setitem(config.PUBLISHED, "OpenELM-Tiny", tiny)
     geometry = OpenELMConfig.from_name("OpenELM-Tiny", 50)
     model = OpenELM(geometry)
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", geometry, model.parameters())
-    assert export(tmp_path / "model", tmp_path / "tiny.pt", "corenet") == []
-    assert OpenELMConfig.from_corenet_yaml(tmp_path / "tiny.yaml") == geometry
+    return tmp_path / "model", geometry
+
+
+def test_a_published_geometry_has_its_yaml(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path
+) -> None:
+    directory, geometry = published
+    for force in (False, True):
+        assert export(directory, tmp_path / "tiny.pt", "corenet", force=force) == []
+        assert OpenELMConfig.from_corenet_yaml(tmp_path / "tiny.yaml") == geometry
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_persons_yaml_stays_and_then_there_is_no_pt_either(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path, force: bool
+) -> None:
+    yaml = tmp_path / "tiny.yaml"
+    yaml.write_text("optim:\n  lr: 0.1\n")
+    with pytest.raises(InputError, match=r"tiny\.yaml"):
+        export(published[0], tmp_path / "tiny.pt", "corenet", force=force)
+    assert yaml.read_text() == "optim:\n  lr: 0.1\n"
+    assert sorted(os.listdir(tmp_path)) == ["model", "tiny.yaml"]
+    with pytest.raises(InputError, match="would have the same name"):
+        export(published[0], tmp_path / "other.yaml", "corenet", force=force)
+
+
+def test_when_the_yaml_cannot_be_written_there_is_no_pt_either(
+    published: tuple[Path, OpenELMConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OpenELMError, match="No space left on device"):
+        export(published[0], tmp_path / "tiny.pt", "corenet")
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_hugging_faces_config_gives_the_same_heads_by_apples_formula(tmp_path: Path) -> None:
@@ -130,6 +168,65 @@ def test_hugging_faces_config_gives_the_same_heads_by_apples_formula(tmp_path: P
     assert {f.name for f in (tmp_path / "hf").iterdir()} == {
         f.name for f in DEMO.iterdir() if f.name != "conversion.json"
     }
+
+
+APPLES = """
+from transformers import PretrainedConfig
+class OpenELMConfig(PretrainedConfig):
+    model_type = "openelm"
+"""
+
+
+def test_transformers_finds_apples_code_for_it(tmp_path: Path) -> None:
+    """In a hub cache that has such a file: what Apple publishes isn't here."""
+    pytest.importorskip("transformers")
+    [note] = export(DEMO, tmp_path / "hf", "hf")
+    assert "trust_remote_code=True: it fetches Apple's code from apple/OpenELM-270M" in note
+    cached = tmp_path / "cache" / "hub" / "models--apple--OpenELM-270M"
+    for name, text in (
+        ("refs/main", "0" * 40),
+        (f"snapshots/{'0' * 40}/configuration_openelm.py", APPLES),
+    ):
+        (cached / name).parent.mkdir(parents=True)
+        (cached / name).write_text(text)
+    code = "import sys; from transformers import AutoConfig; "
+    code += "c = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); "
+    code += "print(type(c).__module__, c.num_gqa_groups)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "hf"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0].endswith("configuration_openelm")
+    assert done.stdout.split()[1] == "2"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (CONFIGS["uneven"], "no two qkv_multipliers give these heads"),
+        (replace(CONFIGS["scaled"], rms_norm_eps=1e-5), "its RMSNorm has an epsilon of 1e-06"),
+        (
+            replace(
+                CONFIGS["scaled"],
+                num_transformer_layers=2,
+                num_query_heads=(4, 4),
+                num_kv_heads=(1, 1),
+                ffn_multipliers=(0.5, 1.2815),
+                ffn_dim_divisor=2,
+            ),
+            "it rounds the two ffn_multipliers",
+        ),
+    ],
+)
+def test_what_apples_code_cannot_load(tmp_path: Path, config: OpenELMConfig, reason: str) -> None:
+    save_model(tmp_path, config, random_model(config).parameters())
+    [note] = export(tmp_path, tmp_path / "hf", "hf")
+    assert f"Apple's modelling code can't load it: {reason}" in note
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,7 +333,9 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_llama_cpp_says_the_same(
     llama_cpp: Any, demo: tuple[OpenELM, Tokenizer], prompt: str
 ) -> None:
-    ours = generate(*demo, prompt, max_tokens=40)
+    model, tokenizer = demo  # in float16, near ties part
+    in_float32 = OpenELM(model.config, model.parameters(), dtype=mx.float32)
+    ours = generate(in_float32, tokenizer, prompt, max_tokens=40)
     asked = {"prompt": prompt, "n_predict": 40, "temperature": 0, "cache_prompt": False}
     answer = llama_cpp.handle_completions(asked)
     assert answer["choices"][0]["text"] == ours
@@ -330,15 +429,41 @@ def test_what_is_not_finite_goes_as_it_is_but_is_not_cast(tmp_path: Path, format
 def test_what_is_there_stays_without_force(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "demo.pt"
     out.write_text("mine")
+    (tmp_path / "demo.yaml").write_text("mine too")  # which only a published geometry has
     arguments = ("export", DEMO, "-o", out, "--format", "corenet")
     result = run(MODULE, *arguments)
     assert (result.returncode, out.read_text()) == (2, "mine")
     assert "--force replaces it" in result.stderr.splitlines()[-1]
-    assert run(MODULE, *arguments, "--force").returncode == 0
-    assert list(tmp_path.iterdir()) == [out]
+    result = run(MODULE, *arguments, "--force")
+    assert (result.returncode, out.read_text()) == (2, "mine")
+    assert "isn't a .pt that mlx-openelm wrote" in result.stderr.splitlines()[-1]
+    out.unlink()
+    for _ in range(2):
+        assert run(MODULE, *arguments, "--force").returncode == 0
+    assert (tmp_path / "demo.yaml").read_text() == "mine too"
+    assert len(list(tmp_path.iterdir())) == 2
     result = run(MODULE, "export", DEMO, "-o", tmp_path, "--format", "gguf", "--force")
     assert result.returncode == 2
     assert "is a directory; a file is to be written" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("hf", "tokenizer.model"), ("hf", "tokenizer_config.json"), ("gguf", "tokenizer.model")],
+)
+def test_links_out_of_the_directory_are_not_followed(
+    tmp_path: Path, format: str, name: str
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "stranger"))
+    (directory / name).rename(tmp_path / "outside")
+    (directory / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="a link to a file outside its directory"):
+        export(directory, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+    (directory / name).unlink()
+    shutil.copy(tmp_path / "outside", directory / f"inside.{name}")
+    (directory / name).symlink_to(f"inside.{name}")
+    export(directory, tmp_path / "out", format)
 
 
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,9 +33,13 @@ class Hub(BaseHTTPRequestHandler):
     repositories: dict[str, dict[str, Path]]
     asked: list[str]
     uploaded: dict[str, bytes]
+    # Repository → (part of the path, status, headers, body): what is answered there instead
+    refusals: dict[str, tuple[str, int, dict[str, str], bytes]]
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        if self._refuse(self.path):
+            return None
         path = self.path.split("?")[0].strip("/")
         if path.startswith("api/models/"):
             return self._describe(path.removeprefix("api/models/"))
@@ -48,6 +57,9 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """As much as `create_repo` and `create_commit` ask for: all files come in the commit."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        named = json.loads(body) if self.path.endswith("/create") else {}
+        if self._refuse(f"{named.get('organization')}/{named.get('name')}"):
+            return None
         path = self.path.split("?")[0].strip("/")
         if self.headers.get("Authorization") != "Bearer hf_may_write":
             return self._answer(401, b"{}", {})
@@ -68,6 +80,13 @@ class Hub(BaseHTTPRequestHandler):
             }
             answer = {"commitUrl": f"{host}/someone/new/commit/{COMMIT}", "commitOid": COMMIT}
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _refuse(self, asked: str) -> bool:
+        for repo, (part, status, headers, body) in self.refusals.items():
+            if re.search(rf"{repo}\b", asked) and part in asked:
+                self._answer(status, body, headers)
+                return True
+        return False
 
     def _describe(self, path: str) -> None:
         repo, _, revision = path.replace("/tree/", "/revision/").partition("/revision/")
@@ -104,6 +123,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     bare = {name: file for name, file in files.items() if "tokenizer" not in name}
     Hub.repositories = {"someone/tales": files, "apple/OpenELM-Tiny": bare}
     Hub.asked = []
+    Hub.refusals = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {
@@ -157,15 +177,97 @@ def test_an_unknown_repository(run: Run, hub: dict[str, str]) -> None:
     assert "someone/nothing: no such file or directory, nor a repository" in err.splitlines()[-1]
 
 
-def test_without_a_network_it_says_how_to_use_a_local_directory(
-    run: Run, hub: dict[str, str]
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "hub can't be reached"),
+        ({"HF_ENDPOINT": "http://nowhere.invalid", "NO_PROXY": "*"}, "hub can't be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE keeps"),
+        ({"NO_PROXY": "", "HTTP_PROXY": "http://127.0.0.1:9"}, "can't be reached"),
+    ],
+)
+def test_without_a_network_it_says_why_and_how_to_use_a_local_directory(
+    run: Run, hub: dict[str, str], change: dict[str, str], says: str
 ) -> None:
-    for change in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        status, out, err = generate(run, "--model", "someone/tales", **{**hub, **change})
-        assert (status, out) == (1, "")
-        assert "hub can't be reached" in err.splitlines()[-1]
-        assert "give the path of its directory" in err.splitlines()[-1]
-        assert "Traceback" not in err
+    status, out, err = generate(run, "--model", "someone/tales", **{**hub, **change})
+    assert (status, out) == (1, "")
+    assert says in err.splitlines()[-1]
+    assert "path of" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+INVALID = {"X-Error-Message": "Invalid credentials in Authorization header"}
+
+
+GATED = {"X-Error-Code": "GatedRepo"}
+DISABLED = {"X-Error-Message": "Access to this resource is disabled."}
+SHORT = {"ETag": '"abc"', "X-Repo-Commit": COMMIT, "X-Linked-Size": "999"}
+# Part of the path, status and headers and body of the answer; exit status, words of the error
+DOWNLOADS = [
+    ("", 401, INVALID, b"{}", 2, "refuses your access token: it is invalid or has expired"),
+    ("", 401, {}, b"{}", 2, "refuses your access token"),
+    ("", 401, {"X-Error-Code": "RepoNotFound"}, b"{}", 2, "nor a repository on the Hugging Face"),
+    ("", 401, GATED, b"{}", 2, "on its page, https://huggingface.co/cases/"),
+    ("", 403, GATED, b"{}", 2, "then log in with: hf auth login"),
+    ("", 403, {}, b"{}", 2, "doesn't permit this with your access token"),
+    ("", 403, DISABLED, b"", 2, "has disabled this repository"),
+    ("", 404, {}, b"{}", 2, "has no such page; check HF_ENDPOINT"),
+    ("", 429, {}, b"{}", 1, "too many requests"),
+    ("", 500, {}, b"", 1, "has a failure (HTTP 500); try again later"),
+    ("", 200, {}, b"<html>log in</html>", 1, "what answers isn't the Hugging Face hub"),
+    ("", 200, {}, b"[]", 1, "what answers isn't the Hugging Face hub"),
+    ("/resolve/", 404, {"X-Error-Code": "EntryNotFound"}, b"", 2, "a file of the repository"),
+    ("/resolve/", 200, {}, b"<html>log in</html>", 1, "what answers isn't the Hugging Face hub"),
+    ("/resolve/", 200, SHORT, b"short", 1, "a file came incomplete; run the command again"),
+    ("/resolve/", 403, {}, b"", 2, "doesn't permit this with your access token"),
+]
+UPLOADS = [
+    ("", 401, INVALID, b"{}", 2, "refuses your access token"),
+    ("", 401, {}, b"{}", 2, "doesn't let you write there"),
+    ("", 403, {}, b"{}", 2, "doesn't let you write there"),
+    ("", 404, {"X-Error-Code": "RepoNotFound"}, b"{}", 2, "doesn't let you write there"),
+    ("", 413, {}, b"{}", 1, "uploading failed: the Hugging Face hub refuses this (HTTP 413)"),
+    ("", 500, {}, b"{}", 1, "uploading failed: the Hugging Face hub has a failure (HTTP 500)"),
+]
+ASK = """
+import sys
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.hub import resolve, upload
+for i in range(int(sys.argv[2])):
+    try:
+        upload(f"cases/n{i}", {}, False) if sys.argv[1] == "upload" else resolve(f"cases/n{i}")
+    except OpenELMError as error:
+        print(error.exit_code, error)
+"""
+
+
+@pytest.mark.parametrize("action", ["download", "upload"])
+def test_what_the_hub_refuses_is_explained(hub: dict[str, str], action: str) -> None:
+    cases = UPLOADS if action == "upload" else DOWNLOADS
+    Hub.refusals = {f"cases/n{i}": case[:4] for i, case in enumerate(cases)}
+    Hub.repositories |= dict.fromkeys(Hub.refusals, Hub.repositories["someone/tales"])
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, action, str(len(cases))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **hub, "HF_TOKEN": "hf_may_write"},
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(cases), done.stderr
+    for i, (line, (*_, status, says)) in enumerate(zip(lines, cases, strict=True)):
+        assert line.startswith(f"{status} cases/n{i}: ")
+        assert says in line
+
+
+def test_a_cache_that_cannot_be_used_is_named(
+    run: Run, hub: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "file", Path("/proc/nowhere")):
+        status, _, err = generate(run, "--model", "someone/tales", **{**hub, "HF_HOME": str(home)})
+        assert status == 1
+        assert "cache can't be used" in err.splitlines()[-1]
+        assert "set HF_HOME" in err.splitlines()[-1]
 
 
 def test_a_repository_is_converted_and_keeps_the_tokenizer(
@@ -186,7 +288,9 @@ def test_a_directory_is_uploaded_with_a_model_card(
 ) -> None:
     directory = tmp_path / "made"
     assert run("mlx_openelm.convert", DEMO, "-o", directory, "-q").returncode == 0
-    (directory / "notes.txt").write_text("mine alone")
+    private = {"notes.txt", "cache.safetensors", "model.safetensors.index.json"}
+    for name in private:
+        (directory / name).write_text("mine alone")
     arguments = ("upload", directory, "someone/new", "--base-model", "someone/tales")
     refused = run("mlx_openelm.convert", *arguments, **hub, HF_TOKEN="hf_other")
     assert refused.returncode == 2
@@ -197,7 +301,7 @@ def test_a_directory_is_uploaded_with_a_model_card(
     card = Hub.uploaded.pop("README.md").decode()
     assert "base_model: someone/tales\n" in card
     assert "quantized to 4 bits (affine, groups of 64)" in card
-    assert Hub.uploaded.keys() == {f.name for f in directory.iterdir()} - {"notes.txt"}
+    assert Hub.uploaded.keys() == {f.name for f in directory.iterdir()} - private
     for name, content in Hub.uploaded.items():
         assert content == (directory / name).read_bytes()
 
@@ -206,6 +310,7 @@ def test_a_directory_is_uploaded_with_a_model_card(
     ("directory", "repo", "message"),
     [
         ("nowhere", "someone/new", "nowhere: no such directory"),
+        ("demo", "someone/new", "demo: comes with mlx-openelm and is not uploaded"),
         (DEMO, "a name/with spaces/three", "not the name of a repository"),
     ],
 )
@@ -217,8 +322,61 @@ def test_what_cannot_be_uploaded(
     assert message in result.stderr.splitlines()[-1]
 
 
+def test_only_what_belongs_to_a_model_is_uploaded(
+    run: Run, hub: dict[str, str], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "made"))
+    templates = directory / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    for name in ("notes.json", "secret.jinja", "additional_chat_templates/x"):
+        (directory / name).write_bytes(b"mine alone")
+    command = ("mlx_openelm.convert", "upload", directory, "someone/new")
+    result = run(*command, **hub, HF_TOKEN="hf_may_write")
+    assert result.returncode == 0, result.stderr
+    expected = {f.name for f in DEMO.iterdir()} | {
+        "README.md",
+        "additional_chat_templates/rag.jinja",
+    }
+    assert Hub.uploaded.keys() == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "README.md",
+        "conversion.json",
+        "model-00001-of-00002.safetensors",
+        "additional_chat_templates",
+        "additional_chat_templates/x.jinja",
+    ],
+)
+def test_a_link_out_of_the_directory_is_not_uploaded(
+    run: Run, hub: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "stranger"))
+    (tmp_path / "secret" / "x.jinja").mkdir(parents=True)
+    target = tmp_path / "secret"
+    if "." in name:
+        target = tmp_path / "id_rsa"
+        target.write_text("PRIVATE KEY")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(target)
+    Hub.uploaded = {}
+    command = ("mlx_openelm.convert", "upload", directory, "someone/new")
+    result = run(*command, **hub, HF_TOKEN="hf_may_write")
+    assert result.returncode == 2, result.stdout
+    assert "a link to a file outside its directory" in result.stderr.splitlines()[-1]
+    assert Hub.uploaded == {}
+
+
 def test_uploading_without_a_network(run: Run, hub: dict[str, str]) -> None:
     away = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_may_write"}
     result = run("mlx_openelm.convert", "upload", DEMO, "someone/new", **away)
     assert result.returncode == 1
-    assert "someone/new: uploading failed (" in result.stderr.splitlines()[-1]
+    assert (
+        "someone/new: uploading failed: the Hugging Face hub can't be reached ("
+        in result.stderr.splitlines()[-1]
+    )

@@ -14,10 +14,10 @@ import pytest
 
 from mlx_openelm import OpenELMConfig, config, load
 from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.convert.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
+from mlx_openelm.names import map_names
 from mlx_openelm.quantization import MODES, Quantization, Scheme, quantize
 from mlx_openelm.shapes import tensor_shapes
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.convert.names import CANONICAL, canonical_name, map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
+from mlx_openelm.names import CANONICAL, canonical_name, map_names
 from mlx_openelm.shapes import tensor_shapes
 
 from .checkpoints import FIXTURES
@@ -76,7 +76,7 @@ def test_what_is_computed_is_left_out_with_a_reason(name: str) -> None:
         "transformer.transformer.norm.weight",
         "transformer.lm_head.weight",
         "transformer.classifier.weight",
-        "model.norm.weight",
+        "net.norm.weight",
         "norm.weight ",
         "norm.weight\n",
     ],

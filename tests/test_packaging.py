@@ -42,4 +42,4 @@ def test_the_kernel_is_in_a_source_distribution(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     [listed] = tmp_path.glob("*/SOURCES.txt")
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_openelm" / "cpu").iterdir()}
-    assert {"setup.py", *sources} <= set(listed.read_text().split())
+    assert {"setup.py", "scripts/supported.py", *sources} <= set(listed.read_text().split())

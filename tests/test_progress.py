@@ -53,6 +53,44 @@ def test_elsewhere_there_are_ten_lines(capsys: pytest.CaptureFixture[str]) -> No
     assert lines[-1] == "100 % of 200 MB (layers.99.attn_norm)"
 
 
+def test_a_tensor_s_name_is_no_markup_and_moves_no_cursor(tmp_path: Path) -> None:
+    code = (
+        "from mlx_openelm.convert.commands.progress import _bar\n"
+        "with _bar(100) as report:\n"
+        "    report('[/red]\\x1b[2J[bold]', 50)\n"
+    )
+    ours, theirs = pty.openpty()
+    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=terminal) as done:
+        os.close(theirs)
+        seen = b""
+        while chunk := _read(ours):
+            seen += chunk
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"[/red]\\x1b[2J[bold]" in seen
+    assert b"\x1b[2J" not in seen
+
+
+def test_a_narrow_terminal_sees_whole_figures() -> None:
+    code = (
+        "from mlx_openelm.convert.commands.progress import _bar\n"
+        "with _bar(123_456_789_000) as report:\n"
+        "    report('transformer.layers.12.attn.qkv_proj.weight', 60_000_000_000)\n"
+    )
+    ours, theirs = pty.openpty()
+    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "40", "NO_COLOR": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=terminal) as done:
+        os.close(theirs)
+        seen = b""
+        while chunk := _read(ours):
+            seen += chunk
+    os.close(ours)
+    assert done.returncode == 0
+    assert "60.0/123.5 GB" in seen.decode()
+    assert "…" not in seen.decode()
+
+
 def test_what_takes_no_time_has_no_lines(run: Run, tmp_path: Path) -> None:
     result = run(MODULE, "demo", "-o", tmp_path / "out")
     assert "%" not in result.stderr

@@ -160,10 +160,53 @@ def test_few_trials_make_no_interval() -> None:
         assert [cells(row).ratio for row in others] == [
             f"{row.ratio.value:.2f}× {said}" for row in others if row.ratio
         ]
-        assert said in str(headlines([ours, *others])[0])
+        first = str(headlines([ours, *others])[0])
+        assert "×" not in first
+        assert "too few trials, or too unsteady, to compare with mlx-lm" in first
         [figure] = [f for f in figures(results) if f.title == "Against the others"]
         [(_, marks)] = figure.charts[0].groups
         assert all(mark.hollow for mark in marks)
+
+
+def test_a_slow_turn_of_two_makes_no_large_ratio() -> None:
+    """Turns of 900 to 8 and 940 to 1552 tokens/s: their ratios' mean is 57, the medians' 1.18."""
+    speeds = {"mlx-openelm": (900.0, 940.0), "llama.cpp": (8.0, 1552.0)}
+    model, work = measured.DEMO, measured.DECODE
+    found = [
+        replace(
+            one, trials=[replace(t, value=speeds[one.runtime][i]) for i, t in enumerate(one.trials)]
+        )
+        for one in measured.measure(
+            measured.Machinery(1), model, work, dict.fromkeys(speeds, 1.0), 2
+        )
+    ]
+    ours, theirs = rows(replace(empty(), models=[model], measurements=found))
+    assert cells(theirs).ratio == "1.18× (2 trials)"
+    assert "×" not in str(headlines([ours, theirs])[0])
+
+
+def test_a_headline_agrees_with_the_medians_beside_it() -> None:
+    """Of these turns all but three are a tie, yet the medians are 100 and 200."""
+    mine = [100] * 17 + [300] * 14
+    its = [100] * 14 + [200] * 3 + [301] * 14
+    speeds = {"mlx-openelm": mine, "llama.cpp": its}
+    model, work = measured.DEMO, measured.DECODE
+    found = [
+        replace(
+            one,
+            trials=[
+                replace(t, value=float(speeds[one.runtime][i])) for i, t in enumerate(one.trials)
+            ],
+        )
+        for one in measured.measure(
+            measured.Machinery(1), model, work, dict.fromkeys(speeds, 1.0), 31
+        )
+    ]
+    ours, theirs = rows(replace(empty(), models=[model], measurements=found))
+    assert ours.speed and theirs.speed and theirs.ratio
+    assert (ours.speed.median, theirs.speed.median) == (100, 200)
+    assert theirs.ratio.low > 0.5
+    assert "unsteady, to compare with llama.cpp" in str(headlines([ours, theirs])[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,13 +264,23 @@ def test_printable_text_is_printable(text: str) -> None:
 # The forms
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [30, 40, 50, 60, 80, 120])
 @pytest.mark.parametrize("name", ALL)
 def test_the_table_keeps_to_its_width(name: str, width: int) -> None:
     said = as_table(ALL[name](), width)
     assert max(map(len, said.splitlines())) <= width
     assert "\x1b" not in said
     assert "PARTIAL" in said
+
+
+@pytest.mark.parametrize("width", [30, 40, 50, 60, 70])
+def test_a_narrow_terminal_cuts_no_figure(width: int) -> None:
+    results = everything()
+    said = " ".join(as_table(results, width).split())
+    for row in rows(results):
+        for cell in cells(row):
+            assert cell in said
+    assert "…" not in said.replace("tokens…", "")
 
 
 def test_the_table_says_everything_at_80_columns() -> None:

@@ -85,7 +85,7 @@ def _change(path: str, value: Any) -> dict[str, Any]:
         ("measurements.0.trials.1.value", None, "measurements[0].trials[1].value should be of"),
         ("measurements.0.trials.1.value", float("nan"), "measurements[0].trials[1].value"),
         ("measurements.0.trials.1.value", float("inf"), "measurements[0].trials[1].value"),
-        ("measurements.0.trials.1.value", 10**400, "measurements[0].trials[1].value"),
+        ("measurements.0.trials.1.value", 10**400, "a number has 401 digits"),
         ("measurements.0.statistics", {"acceptance": []}, "measurements[0].statistics.acceptance"),
         ("calibration.0.matmul", [1], "calibration[0].matmul should be of type dict"),
         ("notes.0", 1, "notes[0] should be of type str, not 1"),
@@ -104,14 +104,23 @@ def test_a_wrong_field_is_named(tmp_path: Path, path: str, value: Any, said: str
     assert "__init__" not in message
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_an_editor_saved_is_read(tmp_path: Path, encoding: str) -> None:
+    results = measured.results()
+    file = tmp_path / "results.json"
+    write(results, file)
+    file.write_bytes(file.read_text().replace("\n", "\r\n").encode(encoding))
+    assert read(file) == results
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
         (b"results", "Expecting value"),
-        (b"\xff\xfe{}", "decode"),
-        (b"[]", "not a results file"),
+        (b"\xff\xfe{}", "not a JSON file"),
+        (b"[]", "holds a JSON list, not an object"),
         (b"{}", "not a results file"),
         (b'{"model_type": "openelm"}', "not a results file"),
         (b"[" * 100_000, "nested"),
@@ -131,7 +140,7 @@ def test_what_is_no_results_file_is_refused(tmp_path: Path, content: bytes, said
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.json: No such file"):
         read(tmp_path / "missing.json")
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match="not a regular file"):
         read(tmp_path)
 
 

@@ -30,7 +30,7 @@ from .fake_peers import CHATTY, CRASHING, HANGING, OTHER, RAISING, STILLBORN
 
 MODULE = "mlx_openelm.benchmarks"
 WORK = Workload([[1, 2, 3]], 4)
-NOW = Calibration(1e9, {"float32": 1e9})
+NOW = Calibration(1e9, {"float32": 1e9, "float16": 1e9})
 NOWHERE = Path("nowhere")
 
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_openelm import safetensors as headers
 from mlx_openelm.convert.sources import open_source, safetensors_file
-from mlx_openelm.convert.sources.lazy import DTYPES, MAX_HEADER
+from mlx_openelm.convert.sources.lazy import DTYPES
 from mlx_openelm.convert.sources.safetensors_file import open_safetensors
 from mlx_openelm.errors import InputError
+from mlx_openelm.safetensors import MAX_HEADER
 
 from .checkpoints import EDITS, mutated, raw, safetensors
 
@@ -80,7 +82,8 @@ def test_nothing_is_read_but_the_header(written: Path, monkeypatch: pytest.Monke
         return read_range(path, offset, size)
 
     read_range = safetensors_file.read_range
-    monkeypatch.setattr(safetensors_file, "read_range", spy)
+    for module in (headers, safetensors_file):
+        monkeypatch.setattr(module, "read_range", spy)
     tensors = open_safetensors(written)
     length = struct.unpack("<Q", written.read_bytes()[:8])[0]
     assert reads == [(0, 8), (8, length)]
@@ -96,7 +99,10 @@ BAD = {
     "a header of 2**64 - 1 bytes": (safetensors({}, length=2**64 - 1), "truncated or not"),
     "a large header": (safetensors(b"{" + b" " * MAX_HEADER), "more than any model needs"),
     "no JSON": (safetensors(b"{nonsense"), "not a JSON file"),
-    "no object": (safetensors(b"[]"), "holds a JSON list"),
+    "no object": (safetensors(b"[]"), "doesn't begin with {"),
+    "a byte order mark": (safetensors(b"\xef\xbb\xbf{}"), "doesn't begin with {"),
+    "UTF-16": (safetensors("{}".encode("utf-16")), "doesn't begin with {"),
+    "metadata of nothing": (safetensors({"__metadata__": 0}), "__metadata__"),
     "invalid UTF-8": (safetensors(b'{"\xff": 1}'), "not UTF-8"),
     "deep nesting": (safetensors(b'{"a":' + b"[" * 200_000), "nested too deeply"),
     "a key twice": (
@@ -110,7 +116,7 @@ BAD = {
     "a field too many": (safetensors({"a": entry(0, 16) | {"x": 1}}, bytes(16)), "no more"),
     "metadata of numbers": (safetensors({"__metadata__": {"a": 1}}), "__metadata__"),
     "metadata of text": (safetensors({"__metadata__": "a"}), "__metadata__"),
-    "an unknown dtype": (safetensors({"a": entry(0, 4, dtype="F8_E4M3")}, bytes(4)), "'F8_E4M3'"),
+    "an unknown dtype": (safetensors({"a": entry(0, 4, dtype="F7_E4M2")}, bytes(4)), "'F7_E4M2'"),
     "a dtype of a list": (safetensors({"a": entry(0, 4, dtype=["F32"])}, bytes(4)), "dtype"),
     "a shape of text": (safetensors({"a": entry(0, 16, "22")}, bytes(16)), "impossible shape"),
     "no shape": (safetensors({"a": entry(0, 16, None)}, bytes(16)), "impossible shape"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -103,11 +104,54 @@ def test_temperature_zero_is_greedy() -> None:
     assert make_sampler(0, top_p=0.5, top_k=3)(mx.array([[1.0, 5.0, 2.0]])).tolist() == [1]
 
 
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"top_p": 1e-320},
+        {"top_p": 0.9, "top_k": 5, "min_p": 0.1},
+    ],
+)
+def test_a_tiny_temperature_is_greedy_in_the_limit(
+    filters: dict[str, float], dtype: mx.Dtype, seed: int | None
+) -> None:
+    rows = mx.random.normal((6, 8000), key=mx.random.key(1)) * 6
+    logits = rows - 40.0  # the largest are about -10, and neighbours 0.1 apart in bfloat16
+    best = mx.max(logits, axis=-1, keepdims=True)
+    logits = mx.where(logits == best, best + 0.5, logits).astype(dtype)
+    wanted = mx.argmax(logits, axis=-1).tolist()
+    for temp in (5e-324, 1e-40, 1e-20, 1e-8, 1e-6, 1e-5, 1.1e-5, 1e-4, 1e-3, 1e-2):
+        sampler = make_sampler(temp, seed=seed, **filters)  # type: ignore[arg-type]
+        assert sampler(logits).tolist() == wanted, temp
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("temp", [1e10, 1e39, 1e300])
+def test_a_huge_temperature_draws_evenly_of_what_the_filters_leave(
+    temp: float, seed: int | None
+) -> None:
+    row = list(np.log([0.5, 0.3, 0.15, 0.05]))
+    got = frequencies(make_sampler(temp, top_k=2, seed=seed), row)
+    assert abs(got[0] - 0.5) < 4 * math.sqrt(0.25 / 4000)
+    assert got[2] == got[3] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"temp": -1}, "temp must be at least 0, not -1"),
         ({"temp": math.nan}, "temp must be"),
+        ({"temp": math.inf}, "temp must be finite, not inf"),
+        ({"temp": -math.inf}, "temp must be at least 0"),
+        ({"temp": -1e-300}, "temp must be at least 0"),
+        ({"top_p": math.nan}, "top_p must be"),
+        ({"min_p": math.inf}, "min_p must be"),
+        ({"top_k": 2.5}, "top_k must be at least 0, and an integer, not 2.5"),
         ({"top_p": 2}, "top_p must be between 0 and 1, not 2"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1"),
         ({"top_k": -3}, "top_k must be at least 0"),
@@ -165,3 +209,15 @@ def test_penalties_out_of_range_are_refused() -> None:
         make_logits_processors(frequency_penalty=1, frequency_context_size=0)
     with pytest.raises(InputError, match="for ids below 4"):
         processed([0], [0.0, 0.0, 0.0, 0.0], logit_bias={4: 1.0})
+
+
+@pytest.mark.parametrize("options", [{"temp": 0.8}, {"temp": 1.5, "top_k": 9}, {"temp": 0.05}])
+def test_without_a_seed_draws_are_those_of_mlx_lm(options: dict[str, Any]) -> None:
+    theirs = pytest.importorskip("mlx_lm.sample_utils")
+    rows = [mx.random.normal((1, 300), key=mx.random.key(i)) * 3 for i in range(12)]
+    logprobs = [row - mx.logsumexp(row, axis=-1, keepdims=True) for row in rows]
+    drawn = []
+    for sampler in (make_sampler(**options), theirs.make_sampler(**options)):
+        mx.random.seed(5)
+        drawn.append([sampler(row).item() for row in logprobs])
+    assert drawn[0] == drawn[1]

@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.convert.atomic import new_directory, new_file
+from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import resolve, resolve_source, resolve_tokenizer
@@ -76,9 +77,9 @@ def test_shards_of_pytorch_are_joined(tmp_path: Path) -> None:
 
 def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
     """As huggingface_hub lays out its downloads."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
     blobs.mkdir()
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     write_shards(blobs, abc={"a": 1})
     (snapshot / "model.safetensors").symlink_to(blobs / "abc.safetensors")
     assert read(snapshot) == {"a": [1]}
@@ -149,7 +150,7 @@ def test_a_pickled_list_is_no_state_dict(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no weights in it"):
+    with pytest.raises(InputError, match="no model.safetensors in it"):
         open_source(tmp_path)
     with pytest.raises(InputError, match="No such file"):
         open_source(tmp_path / "nothing")
@@ -194,6 +195,10 @@ def test_no_permission_says_so(nobody: Path) -> None:
     path.chmod(0)
     with pytest.raises(InputError, match="x.pt: can't be read .Permission denied"):
         open_source(path)
+
+
+def new_file(out: Path, force: bool) -> AbstractContextManager[list[Path]]:
+    return new_files({out: lambda file: None}, force)
 
 
 def test_a_directory_that_may_not_be_entered(nobody: Path) -> None:

@@ -115,8 +115,10 @@ def mlx_lm_tokenizer(directory: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def both(directory: Path) -> list[Tokenizer]:
-    """The tokenizer from `tokenizer.model`, and that from `tokenizer.json`."""
-    return [load_tokenizer(directory), load_tokenizer(directory / "tokenizer.json")]
+    """The tokenizer from `tokenizer.json`, and that from `tokenizer.model`."""
+    found = [load_tokenizer(directory), load_tokenizer(directory / "tokenizer.model")]
+    found[1].chat_template = CHAT_TEMPLATE
+    return found
 
 
 def many_strings() -> list[str]:
@@ -191,6 +193,29 @@ def test_what_mlx_lm_knows_of_the_tokenizer(both: list[Tokenizer], mlx_lm_tokeni
         for name in ("vocab_size", "bos_token", "eos_token", "bos_token_id", "eos_token_id"):
             assert getattr(tokenizer, name) == getattr(mlx_lm_tokenizer, name), name
         assert tokenizer.eos_token_ids == mlx_lm_tokenizer.eos_token_ids == {2}
+
+
+def test_mlx_lms_other_names(both: list[Tokenizer], mlx_lm_tokenizer: Any) -> None:
+    for tokenizer in both:
+        assert tokenizer.get_vocab() == mlx_lm_tokenizer.get_vocab()
+        assert len(tokenizer) == len(mlx_lm_tokenizer)
+        for name in ("unk_token", "pad_token", "unk_token_id", "pad_token_id", "has_chat_template"):
+            assert getattr(tokenizer, name) == getattr(mlx_lm_tokenizer, name), name
+        assert (tokenizer.has_thinking, tokenizer.has_tool_calling) == (False, False)
+        tokens = ["</s>", "▁the", "<0x0A>", "no such token"]
+        for asked in (*tokens, tokens):
+            expected = mlx_lm_tokenizer.convert_tokens_to_ids(asked)
+            assert tokenizer.convert_tokens_to_ids(asked) == expected
+        for ids in (5, 1, [1, 5, 300, 2]):
+            expected = mlx_lm_tokenizer.convert_ids_to_tokens(ids)
+            assert tokenizer.convert_ids_to_tokens(ids) == expected
+        assert tokenizer.convert_ids_to_tokens([1, 300, 2], skip_special_tokens=True) == [
+            tokenizer.convert_ids_to_tokens(300)
+        ]
+        ids = tokenizer.encode("the king </s> and")
+        for skip in (True, False):
+            expected = mlx_lm_tokenizer.decode(ids, skip_special_tokens=skip)
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
 
 
 def test_bos_in_front_and_spelled_control_tokens(both: list[Tokenizer]) -> None:
@@ -455,13 +480,13 @@ def test_only_another_template_needs_jinja(
         ([{"role": "user"}], "message 0 needs a 'content'"),
         ([{"role": "user", "content": None}], "message 0 needs a 'content'"),
         ([MESSAGES[0], {"content": "Hi"}], "message 1 needs a 'role'"),
-        (["Hi"], "message 0 needs"),
+        (["Hi"], "message 0 is 'Hi', not a dictionary"),
         ([{"role": "tool", "content": "Hi"}], "'tool', not one of user, system, assistant"),
     ],
 )
 def test_messages_that_cannot_be_used(tiny: Path, messages: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        load_tokenizer(tiny).apply_chat_template(messages)
+        load_tokenizer(tiny).apply_chat_template(messages, chat_template=CHAT_TEMPLATE)
 
 
 # Files
@@ -495,7 +520,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]]
             edited(lambda v: v.pop("decoder")),
             "decoder none is not SentencePiece's",
         ),
-        ("tokenizer_config.json", lambda values: b'{"eos_token": "<end>"}', "no piece '<end>'"),
+        ("tokenizer_config.json", lambda values: b'{"eos_token": 7}', "needs a content"),
         ("tokenizer_config.json", lambda values: b"{", "not a JSON file"),
     ],
 )
@@ -503,8 +528,9 @@ def test_files_that_cannot_be_used(
     tiny: Path, tmp_path: Path, name: str, content: Callable[[Any], bytes], reason: str
 ) -> None:
     write_tokenizer_files(tiny, tmp_path, chat=False)
-    if name == "tokenizer.json":
-        (tmp_path / "tokenizer.model").unlink()
+    if name == "tokenizer.model":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "tokenizer_config.json").unlink()
     file = tmp_path / name
     old = file.read_bytes() if name == "tokenizer.model" else json.loads(file.read_text())
     file.write_bytes(content(old))
@@ -526,7 +552,7 @@ def test_a_directory_adds_eos_ids_and_names(tiny: Path, tmp_path: Path) -> None:
     write_tokenizer_files(tiny, tmp_path, chat=False)
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert load_tokenizer(tmp_path).eos_token_ids == {2, 7}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9, "x"]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9, -1]}')
     assert load_tokenizer(tmp_path).eos_token_ids == {2, 8, 9}
     names = {"bos_token": {"content": "</s>"}, "eos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
@@ -598,7 +624,7 @@ def test_nothing_heavy_is_imported(tiny: Path) -> None:
         "import sys, mlx_openelm.tokenizer as t\n"
         "heavy = {'sentencepiece', 'tokenizers', 'transformers', 'jinja2'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
-        "t.load_tokenizer(sys.argv[1]).apply_chat_template([{'role': 'user', 'content': 'a'}])\n"
+        "t.load_tokenizer(sys.argv[1]).encode('a')\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     command = [sys.executable, "-c", script, str(tiny)]

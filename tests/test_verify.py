@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +27,26 @@ from .models import CONFIGS, random_model
 MODULE = "mlx_openelm.convert"
 FIXTURES = Path(__file__).parent / "fixtures"
 DEMO = BUNDLED["demo"]
+
+
+TF32 = """
+import os, sys
+from mlx_openelm.convert.__main__ import main
+before = os.environ.get("MLX_ENABLE_TF32")
+main(["inspect", sys.argv[1]])
+print(before, os.environ["MLX_ENABLE_TF32"])
+"""
+
+
+@pytest.mark.parametrize(("given", "printed"), [(None, "None 0"), ("1", "1 1")])
+def test_the_converter_computes_in_full_float32(given: str | None, printed: str) -> None:
+    """Importing changes nothing, and neither does the command what a person has set."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+    if given:
+        environment["MLX_ENABLE_TF32"] = given
+    command = [sys.executable, "-c", TF32, str(DEMO)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == printed
 
 
 @pytest.mark.parametrize("name", CONFIGS)

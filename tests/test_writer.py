@@ -21,7 +21,6 @@ import pytest
 from mlx_openelm import shards
 from mlx_openelm.checkpoint import load_model, read_arrays, save_model
 from mlx_openelm.convert import writer
-from mlx_openelm.convert.atomic import new_directory
 from mlx_openelm.convert.behind import behind
 from mlx_openelm.convert.floats import largest
 from mlx_openelm.convert.sources import open_source
@@ -309,26 +308,6 @@ def test_a_file_that_the_system_cuts_short(tmp_path: Path, command: str) -> None
     assert done.returncode == 1
     assert f"error: {out}: can't be written (File too large)" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_was_there_stays_when_it_cannot_be_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if target == out and (self / "new").exists():
-            raise OSError(errno.EIO, "broken")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OpenELMError, match="broken"), new_directory(out, force=True) as directory:
-        (directory / "new").touch()
-    assert [file.name for file in out.iterdir()] == ["old"]
-    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_an_error_behind_is_raised_and_nothing_runs_after_it() -> None:

@@ -31,7 +31,7 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "mlx-openelm": Peer("ours", "mlx", "pip install mlx-openelm", batches=True),
+    "mlx-openelm": Peer("ours", "mlx", "", batches=True),
     "mlx-lm": Peer("mlx_lm", "mlx_lm", "pip install mlx-lm", batches=True),
     "llama.cpp": Peer("llama_cpp", "xllamacpp", "pip install xllamacpp gguf", False, "llama-bench"),
     "torch": Peer("torch", "torch", "pip install torch"),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import make_directory
 
 from ..results import read
 from .html import write_html
@@ -27,8 +28,8 @@ DESCRIPTION = "One report over several machines or runs: report.html and report.
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
-    p.add_argument("results", type=Path, nargs="+", metavar="FILE", help="a results.json")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("results", type=path, nargs="+", metavar="FILE", help="a results.json")
+    p.add_argument("-o", "--output", type=path, required=True, metavar="FOLDER")
     p.add_argument("--png", action="store_true", help="the charts as PNGs too")
 
 
@@ -36,8 +37,8 @@ def command(args: argparse.Namespace) -> int:
     """Read all files, then write; says where."""
     results = [read(file) for file in args.results]
     folder: Path = args.output
+    make_directory(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_markdown(results, folder / "report.md")
         write_html(results, folder / "report.html")
         written = [folder / "report.html", folder / "report.md"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..results import UNKNOWN, Calibration, Measurement, Model, Results, Trial, Work
 from ..statistics import Ratio, Summary, ratio, summarize
 from .wording import (
+    ENOUGH,
     KINDS,
     OURS,
     enumerated,
@@ -110,7 +111,10 @@ def _ratio(ours: Measurement, theirs: Measurement) -> tuple[Ratio | None, int]:
     above, below = [a[t] for t in turns], [b[t] for t in turns]
     if ours.unit != "tokens/s":
         above, below = below, above
-    return ratio(above, below), len(turns)
+    found = ratio(above, below)
+    if len(turns) < ENOUGH:  # the median of two turns' ratios is their mean, so that of the slower
+        found = found._replace(value=median(above) / median(below))
+    return found, len(turns)
 
 
 def _remarks(measurement: Measurement) -> Iterator[str]:
@@ -198,14 +202,19 @@ def _headlines(group: list[Row]) -> Iterator[Headline]:
             continue
         row = which(ours, key=lambda r: r.work.prompt_tokens)
         peers = [r for r in group if r.work == row.work and r.ratio]
-        said, ties = [], []
+        said, ties, unsure = [], [], []
         for r in peers:
-            if r.ratio and is_tie(r.ratio, r.turns):
+            assert r.ratio is not None
+            if r.turns < ENOUGH or not _agrees(r.ratio, row, r):
+                unsure.append(r.runtime)
+            elif is_tie(r.ratio, r.turns):
                 ties.append(r.runtime)
-            elif r.ratio:
+            else:
                 said.append(f"{factor(r.ratio)} {r.runtime} ({interval(r.ratio, r.turns)})")
         if ties:
             said.append(f"a tie with {enumerated(ties)}")
+        if unsure:
+            said.append(f"too few trials, or too unsteady, to compare with {enumerated(unsure)}")
         limit = f", {percent(row.fraction)} of the roofline" if row.fraction is not None else ""
         against = f"; {enumerated(said)}" if said else ""
         assert row.speed is not None
@@ -214,6 +223,13 @@ def _headlines(group: list[Row]) -> Iterator[Headline]:
             f"{model_label(row.model)}, {work_label(row.work)}",
             f"{OURS} {speed}{limit}{against}.",
         )
+
+
+def _agrees(found: Ratio, ours: Row, theirs: Row) -> bool:
+    """Whether the medians in the table say the same as the interval of a ratio."""
+    assert ours.speed is not None and theirs.speed is not None
+    shown = ours.speed.median / theirs.speed.median
+    return found.low <= (shown if ours.unit == "tokens/s" else 1 / shown) <= found.high
 
 
 def graph_sentence(group: Iterable[Row]) -> str:

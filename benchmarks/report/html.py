@@ -35,7 +35,7 @@ from .wording import (
     work_label,
 )
 
-INSTALL = "pip install 'mlx-openelm[bench]'"
+INSTALL = "pip install jinja2 matplotlib"
 
 
 def write_html(results: Sequence[Results], file: Path) -> None:

@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from ..results import Results
+from ..tables import show
 from .findings import (
     Row,
     by_model,
@@ -32,6 +33,7 @@ from .wording import (
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 LABEL = 18  # characters of the first column
 LEGEND = (
@@ -60,7 +62,7 @@ def table(results: Results, console: Console) -> None:
     for group in by_model(found).values():
         say(f"\n{model_label(group[0].model)}: {model_facts(group[0].model)}", "bold")
         remarks = numbered(group)
-        console.print(_table(group, remarks))
+        show(console, *_table(group, remarks))
         for remark, i in remarks.items():
             say(f" {superscript(i)} {remark}", "yellow" if _alarming(group, remark) else "")
         for sentence in (graph_sentence(group), memory_sentence(group)):
@@ -73,7 +75,8 @@ def table(results: Results, console: Console) -> None:
         say(str(line))
 
 
-def _table(group: Sequence[Row], remarks: dict[str, int]) -> Table:
+def _table(group: Sequence[Row], remarks: dict[str, int]) -> tuple[Table, list[list[Text]]]:
+    """A table of a model's rows; and the rows, each with its whole label."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -85,18 +88,22 @@ def _table(group: Sequence[Row], remarks: dict[str, int]) -> Table:
     made.add_column("middle half", no_wrap=True)
     made.add_column(f"{OURS} is", no_wrap=True)
     made.add_column("of\nlimit", justify="right")
+    whole = []
     for _, same in groupby(group, key=lambda row: row.work):
         members = list(same)
         # A long label goes on beside the next rows; the last one takes what is left.
-        lines = wrap(work_label(members[0].work), LABEL)
+        name = work_label(members[0].work)
+        lines = wrap(name, LABEL)
         labels = [*lines, *[""] * len(members)][: len(members) - 1]
         labels.append("\n".join(lines[len(members) - 1 :]))
         for label, row in zip(labels, members, strict=True):
             style = "bold" if row.ours else "red" if row.measurement.error or row.wrong else ""
             marks = " ".join(superscript(remarks[remark]) for remark in row.remarks)
             words = (f"{row.runtime} {marks}".strip(), *cells(row))
-            made.add_row(Text(label), *(Text(word, style=style) for word in words))
-    return made
+            texts = [Text(word, style=style) for word in words]
+            made.add_row(Text(label), *texts)
+            whole.append([Text(name), *texts])
+    return made, whole
 
 
 def _alarming(group: Sequence[Row], remark: str) -> bool:

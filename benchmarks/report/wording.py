@@ -170,7 +170,7 @@ def machine_facts(machine: Machine) -> dict[str, str]:
         "Thermal pressure": machine.thermal_pressure,
         "MLX computes on": machine.mlx_device,
         "BLAS": machine.blas,
-        "Bandwidth, nominal": known(nominal and scaled(nominal, "B/s")),
+        "Bandwidth, nominal": scaled(nominal, "B/s") if nominal else "unknown, only measured",
         "Versions": ", ".join(f"{k} {v}" for k, v in machine.versions.items()) or UNKNOWN,
     }
     return {name: printable(value) for name, value in facts.items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.config import OpenELMConfig
 
 from ..checkpoint import Checkpoint, open_checkpoint
@@ -15,7 +14,7 @@ def add_source_options(p: argparse._ActionsContainer) -> None:
     """The options that `checkpoint_of` looks at."""
     p.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="CoreNet's training YAML or a config.json, where the checkpoint has none "
         "(default: inferred from the tensors' shapes)",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
-from mlx_openelm.command import tell
+from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import find_in, user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
-from mlx_openelm.quantization import MODES
-from mlx_openelm.tokenizer import find_tokenizer, load_tokenizer
+from mlx_openelm.quantization import MODES, Scheme
+from mlx_openelm.tokenizer_files import GENERATION, first_template
 
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
-from ..writer import CHAT_FILE, Conversion, Options, convert
+from ..writer import Conversion, Options, convert
 from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
@@ -32,14 +35,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a CoreNet .pt, a directory of Hugging Face or MLX, or a Hugging Face id",
     )
-    p.add_argument("--out", "-o", type=Path, required=True, metavar="DIR", help="directory to make")
+    p.add_argument("--out", "-o", type=path, required=True, metavar="DIR", help="directory to make")
     p.add_argument(
         "--tokenizer",
         metavar="PATH_OR_REPO",
         help="SentencePiece tokenizer.model to put into the directory",
     )
     p.add_argument("--chat", action="store_true", help="an Instruct model, though its name isn't")
-    p.add_argument("--force", action="store_true", help="replace the directory if it exists")
+    p.add_argument("--force", action="store_true", help="replace an earlier output")
     p.add_argument("--verify", action="store_true", help="compare the result with the source")
 
     add_source_options(p.add_argument_group("which weights"))
@@ -49,15 +52,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--dtype", choices=list(DTYPES), help="default: float16 stays, if it's safe; else bfloat16"
     )
     group.add_argument("--quantize", "-q", action="store_true", help="quantize the matrices")
-    group.add_argument("--bits", type=int, metavar="N", help="bits per weight (default: 4)")
-    group.add_argument("--group-size", type=int, metavar="N", help="weights per scale (default 64)")
+    group.add_argument("--bits", type=int, metavar="N", help=f"bits per weight ({_choices(1)})")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help=f"weights per scale ({_choices(0)})"
+    )
     group.add_argument("--mode", choices=list(MODES), default="affine", help="default: affine")
     group.add_argument(
         "--keep-embeddings", action="store_true", help="don't quantize the embeddings"
     )
     group.add_argument(
         "--recipe",
-        type=Path,
+        type=path,
         metavar="FILE",
         help='JSON: module pattern to {"bits", "group_size", "mode"} or "keep"; the first that '
         "fits decides, before -q",
@@ -77,6 +82,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _choices(which: int) -> str:
+    """What each mode has: of group sizes (0) or bits (1), the default of affine first."""
+    default = astuple(Scheme())[which]
+    listed = "; ".join(
+        f"{mode}: {', '.join(map(str, values[which]))}" for mode, values in MODES.items()
+    )
+    return f"default: {default} with affine; {listed}"
+
+
 def command(args: argparse.Namespace) -> int:
     """Open the source, convert it, say what was done."""
     recipe = _recipe(args)
@@ -87,7 +101,7 @@ def command(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         recipe=recipe,
         trim_vocab=args.trim_vocab,
-        chat=args.chat or _chats(args.source, checkpoint.source),
+        chat=args.chat or "instruct" in args.source.lower(),
         allow_nonfinite=args.allow_nonfinite,
     )
     with progress(size(checkpoint.tensors)) as report:
@@ -97,8 +111,10 @@ def command(args: argparse.Namespace) -> int:
             args.out,
             options,
             tokenizer=tokenizer,
-            files=checkpoint.source.files,
+            chat_template=_chat_template(args.tokenizer, checkpoint.source),
+            generation_config=_generation_config(checkpoint.source),
             source=_source(args, checkpoint.source),
+            reads=_reads(args, checkpoint.source),
             force=args.force,
             progress=report,
         )
@@ -110,6 +126,17 @@ def command(args: argparse.Namespace) -> int:
         )
     print(_closing(args.out, done))
     return compare_with_source(args.out, checkpoint) if args.verify else 0
+
+
+def _reads(args: argparse.Namespace, source: Source) -> list[Path]:
+    """What is read and lies on this machine, which must not be replaced."""
+    named = (args.source, args.base, args.tokenizer, args.config, args.recipe)
+    paths = [
+        source.path,
+        *source.adapters,
+        *(user_path(name) for name in named if name is not None),
+    ]
+    return [path for path in paths if os.path.exists(path)]
 
 
 def _source(args: argparse.Namespace, source: Source) -> dict[str, object]:
@@ -151,25 +178,32 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     scheme = None
     if args.quantize:
         scheme = make_scheme(args.mode, args.bits, args.group_size)
-    elif args.bits or args.group_size or args.mode != "affine":
+    elif args.bits is not None or args.group_size is not None or args.mode != "affine":
         raise InputError("--bits, --group-size and --mode go with -q")
     recipe = read_recipe(args.recipe, scheme) if args.recipe else Recipe(scheme)
     if args.keep_embeddings:
+        if not recipe.rules and scheme is None:
+            raise InputError("--keep-embeddings goes with -q or --recipe")
         return Recipe(recipe.default, (*KEEP_EMBEDDINGS, *recipe.rules))
     return recipe
 
 
 def _tokenizer(given: str | None, source: Source) -> Path | None:
-    if given is None:
-        return source.tokenizer
-    path = resolve_tokenizer(given)
-    return find_tokenizer(path) if path.is_dir() else path
+    """The directory or file of the tokenizer to put beside the weights."""
+    if given is not None:
+        return resolve_tokenizer(given)
+    return None if source.tokenizer is None else source.tokenizer.parent
 
 
-def _chats(name: str, source: Source) -> bool:
-    """Whether this is an Instruct model: its name says so, or it has a chat template."""
-    if "instruct" in name.lower():
-        return True
-    return source.tokenizer is not None and (
-        CHAT_FILE in source.files or load_tokenizer(source.tokenizer.parent).has_chat_template
-    )
+def _chat_template(given: str | None, source: Source) -> str | dict[str, str] | None:
+    """The template that takes the place of the tokenizer's: an adapter's, if there is one."""
+    if not source.adapters:
+        return None
+    base = [source.path] if given is None and source.path.is_dir() else []
+    return first_template([*source.adapters, *base])
+
+
+def _generation_config(source: Source) -> Path:
+    """The directory whose `generation_config.json` is carried."""
+    found = (path for path in source.adapters if find_in(path, GENERATION))
+    return next(found, source.path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
+from mlx_openelm.command import path
 from mlx_openelm.hub import resolve
 
 from ..checkpoint import open_directory
@@ -22,11 +22,11 @@ DESCRIPTION += "."
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """The command's options."""
     p.add_argument("directory", metavar="DIR", help="a model directory")
-    p.add_argument("--out", "-o", type=Path, required=True, metavar="OUT", help="what to make")
+    p.add_argument("--out", "-o", type=path, required=True, metavar="OUT", help="what to make")
     p.add_argument("--format", required=True, choices=list(FORMATS))
     dtypes = dict.fromkeys(dtype for format in FORMATS.values() for dtype in format.dtypes)
     p.add_argument("--dtype", choices=list(dtypes), help="default: as stored")
-    p.add_argument("--force", action="store_true", help="replace what is there")
+    p.add_argument("--force", action="store_true", help="replace an earlier output")
 
 
 def command(args: argparse.Namespace) -> int:

@@ -8,11 +8,12 @@ import math
 from collections import Counter
 from typing import Any
 
+from mlx_openelm.names import EMBEDDINGS
 from mlx_openelm.shapes import tensor_shapes
 
 from ..checkpoint import Checkpoint
 from ..published import published_name
-from ..writer import EMBEDDINGS, check_shapes
+from ..writer import check_shapes
 from .checkpoint import add_source_options, checkpoint_of
 
 DESCRIPTION = "Say what a checkpoint is, and what converting would make of it. Reads headers only."

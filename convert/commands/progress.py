@@ -11,10 +11,12 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_openelm.command import tell
+from mlx_openelm.streams import printable
 
 from ..sources import LazyTensor
 
 _LINES = 10  # where there is no terminal
+_WIDE = 60  # columns of a terminal that has room for a tensor's name
 _SILENT = 64 << 20  # bytes; what is smaller is done before a line could be read
 
 
@@ -68,19 +70,30 @@ def _lines(total: int) -> Callable[[str, int], None]:
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Column
 
-    columns = (
-        BarColumn(bar_width=16),
+    console = Console(stderr=True)
+    wide = console.width >= _WIDE
+    columns: list[ProgressColumn] = [
+        BarColumn(bar_width=16 if wide else 4),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    ]
+    if wide:
+        name = Column(no_wrap=True, overflow="ellipsis")
+        columns.append(TextColumn("{task.description}", markup=False, table_column=name))
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda what, nbytes: bar.update(task, advance=nbytes, description=_short(what))
 
 
 def _short(tensor: str) -> str:
-    return tensor.removeprefix("transformer.").removesuffix(".weight")
+    return printable(tensor.removeprefix("transformer.").removesuffix(".weight"))

@@ -9,7 +9,7 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve
 
 from ..checkpoint import Checkpoint, open_directory
-from ..verify import TOKENS, Verdict, bound_for, stored_quantization, verify
+from ..verify import TOKENS, Verdict, bound_for, verify
 from ..writer import without_redundant_head
 from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size, watched
@@ -30,21 +30,20 @@ def command(args: argparse.Namespace) -> int:
     """Compare, print, and tell by the exit status."""
     if args.tokens < 1:
         raise InputError(f"--tokens must be at least 1, not {args.tokens}")
-    directory = resolve(args.directory)
-    converted = open_directory(directory)
+    converted = open_directory(resolve(args.directory))
     checkpoint = checkpoint_of(args.against, args, converted.config)
-    tell_notes(checkpoint.notes)
-    return compare(directory, converted, checkpoint, args.tokens)
+    tell_notes([*converted.notes, *checkpoint.notes])
+    return compare(converted, checkpoint, args.tokens)
 
 
 def compare_with_source(directory: Path, checkpoint: Checkpoint) -> int:
     """Compare a directory that was just made with what it was made from; as `compare`."""
-    return compare(directory, open_directory(directory), checkpoint, TOKENS)
+    return compare(open_directory(directory), checkpoint, TOKENS)
 
 
-def compare(directory: Path, converted: Checkpoint, checkpoint: Checkpoint, count: int) -> int:
+def compare(converted: Checkpoint, checkpoint: Checkpoint, count: int) -> int:
     """Compare a model directory with a source; prints the verdict, returns the exit status."""
-    bound = bound_for({t.dtype for t in converted.tensors.values()}, stored_quantization(directory))
+    bound = bound_for({t.dtype for t in converted.tensors.values()}, converted.source.quantization)
     source, _ = without_redundant_head(checkpoint.tensors, checkpoint.config)
     with progress(size(source) + size(converted.tensors)) as read:
         verdict = verify(

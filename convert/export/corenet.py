@@ -8,6 +8,7 @@ format: `torch/serialization.py` and `caffe2/serialize/inline_container.cc`.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -15,13 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.errors import InputError
+from mlx_openelm.names import LAYOUTS
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
+from mlx_openelm.tokenizer import load_tokenizer
 
-from ..atomic import new_file
+from ..atomic import new_files
 from ..checkpoint import Checkpoint
 from ..floats import cast
-from ..names import LAYOUTS
+from ..outputs import starts_like
 from ..published import published_name
 from ..sources.lazy import DTYPES
 
@@ -42,6 +46,21 @@ model:
 """
 
 
+WHY_NOT_PT = starts_like(
+    "a .pt that mlx-openelm wrote", lambda start: start[30:].startswith(b"archive/data.pkl")
+)
+WHY_NOT_YAML = starts_like(
+    "a YAML that mlx-openelm wrote",
+    lambda start: (
+        re.fullmatch(
+            _YAML.format(name=r"\S+", vocab_size=r"\d+", context=r"\d+"),
+            start.decode("utf-8", "replace"),
+        )
+        is not None
+    ),
+)
+
+
 class _Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -55,19 +74,41 @@ def write_corenet(model: Checkpoint, out: Path, dtype: str | None, force: bool) 
         name: _Tensor(_corenet_name(name, names), shape, dtype or model.tensors[name].dtype)
         for name, shape in tensor_shapes(model.config).items()
     }
-    with new_file(out, force) as path, zipfile.ZipFile(path, "w") as file:
-        _add(file, "data.pkl", [_pickle(tensors.values())])
-        _add(file, "byteorder", [b"little"])
-        for i, (name, tensor) in enumerate(tensors.items()):
-            mlx_dtype = DTYPES[tensor.dtype][1]
-            blocks = (
-                raw(cast(rows, mlx_dtype, name, rows.dtype == mlx_dtype))
-                for rows in model.tensors[name].blocks()
-            )
-            size = math.prod(tensor.shape) * mlx_dtype.size
-            _add(file, f"data/{i}", blocks, size)
-        _add(file, "version", [b"3\n"])
-    return _write_yaml(model.config, out, force)
+    text, notes = _yaml(model.config)
+    outs = {out: WHY_NOT_PT}
+    if text is not None:
+        if out.suffix == ".yaml":
+            raise InputError(f"{out}: the YAML beside it would have the same name; call it .pt")
+        outs[out.with_suffix(".yaml")] = WHY_NOT_YAML
+    with new_files(outs, force, [model.source.path]) as [path, *yaml]:
+        with zipfile.ZipFile(path, "w") as file:
+            _write_zip(file, tensors, model)
+        for beside in yaml:
+            beside.write_text(text or "", encoding="utf-8")
+    return [*notes, *_lost_ends(model)]
+
+
+def _lost_ends(model: Checkpoint) -> list[str]:
+    """A note when more ids end a text than the tokenizer's own: CoreNet has no place for them."""
+    if model.source.tokenizer is None:
+        return []
+    tokenizer = load_tokenizer(model.source.path)
+    ends = sorted(tokenizer.eos_token_ids - {tokenizer.eos_token_id})
+    return [f"CoreNet's files don't say that the tokens {ends} end a text, too"] if ends else []
+
+
+def _write_zip(file: zipfile.ZipFile, tensors: dict[str, _Tensor], model: Checkpoint) -> None:
+    _add(file, "data.pkl", [_pickle(tensors.values())])
+    _add(file, "byteorder", [b"little"])
+    for i, (name, tensor) in enumerate(tensors.items()):
+        mlx_dtype = DTYPES[tensor.dtype][1]
+        blocks = (
+            raw(cast(rows, mlx_dtype, name, rows.dtype == mlx_dtype))
+            for rows in model.tensors[name].blocks()
+        )
+        size = math.prod(tensor.shape) * mlx_dtype.size
+        _add(file, f"data/{i}", blocks, size)
+    _add(file, "version", [b"3\n"])
 
 
 def _corenet_name(name: str, names: dict[str, str]) -> str:
@@ -78,14 +119,15 @@ def _corenet_name(name: str, names: dict[str, str]) -> str:
     return names[f"{prefix}layers.{{i}}.{part}"].replace("{i}", index)
 
 
-def _write_yaml(config: OpenELMConfig, out: Path, force: bool) -> list[str]:
+def _yaml(config: OpenELMConfig) -> tuple[str | None, list[str]]:
+    """The YAML that names a published geometry; None, and a note, for any other."""
     name = published_name(config)
     if name is None:
-        return ["CoreNet's YAML can only name published sizes, and this is none: no .yaml written"]
-    text = _YAML.format(name=name, vocab_size=config.vocab_size, context=config.max_context_length)
-    with new_file(out.with_suffix(".yaml"), force) as path:
-        path.write_text(text, encoding="utf-8")
-    return []
+        return None, [
+            "CoreNet's YAML can only name published sizes, and this is none: no .yaml written"
+        ]
+    values = {"name": name, "vocab_size": config.vocab_size, "context": config.max_context_length}
+    return _YAML.format(**values), []
 
 
 def _add(

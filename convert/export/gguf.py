@@ -13,17 +13,19 @@ import numpy as np
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
+from mlx_openelm.files import find_in, read_bytes
 from mlx_openelm.quantization import Quantization, Scheme
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import raw
 from mlx_openelm.tokenizer import load_tokenizer
-from mlx_openelm.tokenizer_files import Piece, parse_sentencepiece
 
-from ..atomic import new_file
+from ..atomic import new_files
 from ..checkpoint import Checkpoint
 from ..floats import DTYPES, cast
+from ..outputs import starts_like
 from ..sources import LazyTensor
-from ..sources.huggingface import open_weights
+from ..sources.huggingface import open_parts
+from .gguf_tokenizer import add_tokenizer, check_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -44,8 +46,9 @@ GATE_AND_UP = ("ffn.proj_1", ("ffn_gate", "ffn_up"))
 QUANTIZED = {"q8_0": "Q8_0", "q4_1": "Q4_1"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", **QUANTIZED}
 BLOCK = 32  # weights that share scale (and minimum) in Q8_0 and Q4_1
-UNUSED = 5  # kind of a token that the tokenizer doesn't have
-LOWEST_SCORE = -1000.0
+WHY_NOT = starts_like(
+    "a GGUF of an OpenELM", lambda start: start[:4] == b"GGUF" and b"openelm" in start
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,17 @@ def write_gguf(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> 
     try:
         from gguf import GGUFWriter
     except ImportError:
-        raise OpenELMError("GGUF needs a package: pip install 'mlx-openelm[gguf]'") from None
+        raise OpenELMError("GGUF needs a package: pip install gguf") from None
     check_expressible(model)
     chosen = dtype or _stored_type(model)
     parts = _parts(model, chosen)
-    tokens, notes = _tokens(model)
-    with new_file(out, force) as path:
+    data = _sentencepiece(model)
+    tokenizer = load_tokenizer(model.source.path)
+    sentencepiece = check_tokenizer(data, tokenizer, str(model.source.path))
+    with new_files({out: WHY_NOT}, force, [model.source.path]) as [path]:
         writer = GGUFWriter(path, "openelm")
         _add_geometry(writer, model.config, chosen)
-        _add_tokenizer(writer, model, tokens)
+        notes = add_tokenizer(writer, sentencepiece, tokenizer, model.config.vocab_size)
         for part in parts:
             writer.add_tensor_info(
                 part.name, part.shape, np.dtype(np.float32), part.nbytes, part.type
@@ -105,11 +110,17 @@ def check_expressible(model: Checkpoint) -> None:
     ):
         if holds:
             raise InputError(f"{model.source.path}: {what}, which llama.cpp's OpenELM can't do")
-    if model.source.tokenizer is None or model.source.tokenizer.suffix == ".json":
+
+
+def _sentencepiece(model: Checkpoint) -> bytes:
+    """The SentencePiece model file in a directory."""
+    file = find_in(model.source.path, "tokenizer.model")
+    if file is None:
         raise InputError(
             f"{model.source.path}: no tokenizer.model in it, which a GGUF has to contain; convert "
             "the model again with --tokenizer"
         )
+    return read_bytes(file)
 
 
 def _stored_type(model: Checkpoint) -> str:
@@ -183,7 +194,7 @@ def _packed(model: Checkpoint) -> dict[str, tuple[LazyTensor, LazyTensor, LazyTe
             f"{path}: isn't quantized; q4_1 is for models of 4 bits (openelm-convert -q), others "
             "can be q8_0"
         )
-    stored = open_weights(path)
+    stored = open_parts(path, model.config.share_input_output_layers)
     found = {}
     for name in stored:
         if not name.endswith(".scales"):
@@ -282,32 +293,3 @@ def _add_geometry(writer: GGUFWriter, config: OpenELMConfig, chosen: str) -> Non
     kind = "ALL_F32" if chosen == "float32" else f"MOSTLY_{TYPES[chosen]}"
     writer.add_file_type(LlamaFileType[kind])
     writer.add_quantization_version(2)
-
-
-def _tokens(model: Checkpoint) -> tuple[list[Piece], list[str]]:
-    """A token for every embedding row; rows that the tokenizer doesn't know are unused ones."""
-    assert model.source.tokenizer is not None
-    pieces = parse_sentencepiece(model.source.tokenizer.read_bytes()).pieces
-    missing = model.config.vocab_size - len(pieces)
-    filler = [Piece(f"[UNUSED{i}]", LOWEST_SCORE, UNUSED) for i in range(missing)]
-    notes = [f"{missing} embedding rows have no token: marked as unused"] if missing else []
-    return [*pieces, *filler], notes
-
-
-def _add_tokenizer(writer: GGUFWriter, model: Checkpoint, tokens: list[Piece]) -> None:
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(model.source.tokenizer))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.text for piece in tokens])
-    writer.add_token_scores([piece.score for piece in tokens])
-    writer.add_token_types([piece.kind for piece in tokens])
-    writer.add_bos_token_id(processor.bos_id())
-    writer.add_eos_token_id(processor.eos_id())
-    writer.add_unk_token_id(processor.unk_id())
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    tokenizer = load_tokenizer(model.source.path)
-    if tokenizer.has_chat_template:
-        writer.add_chat_template(tokenizer.chat_template)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
+from mlx_openelm.tokenizer_files import carry_generation_config, carry_tokenizer
 
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint
 from ..floats import cast, dtype_name
+from ..outputs import MARK
 from ..sources.lazy import DTYPES
 
-_METADATA = {"format": "pt"}
-_TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Apple publishes its code beside its weights. "REPO--FILE.CLASS" is transformers' way to name it:
+# `get_class_from_dynamic_module` in `dynamic_module_utils.py`
+APPLE = "apple/OpenELM-270M"
+AUTO_MAP = {
+    "AutoConfig": f"{APPLE}--configuration_openelm.OpenELMConfig",
+    "AutoModelForCausalLM": f"{APPLE}--modeling_openelm.OpenELMForCausalLM",
+}
+RMS_NORM_EPS = 1e-6  # in Apple's code, whatever the config says
+
+_METADATA = {"format": "pt", **MARK}
 
 
 def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bool) -> list[str]:
@@ -26,19 +36,43 @@ def write_huggingface(model: Checkpoint, out: Path, dtype: str | None, force: bo
     specs = {
         name: Spec(DTYPES[dtype or tensors[name].dtype][1], shape) for name, shape in names.items()
     }
-    with new_directory(out, force) as directory:
+    with new_directory(out, force, [model.source.path]) as directory:
         with new_shards(directory, specs, _METADATA) as write:
             for name, spec in specs.items():
                 for rows in tensors[name].blocks():
                     write(name, raw(cast(rows, spec.dtype, name, rows.dtype == spec.dtype)))
         stored = {dtype_name(spec.dtype) for spec in specs.values()}
         write_json(directory / "config.json", _config(config, stored))
-        for name in _TOKENIZER:
-            if (model.source.path / name).is_file():
-                shutil.copyfile(model.source.path / name, directory / name)
+        carry_tokenizer(model.source.path, directory)
+        carry_generation_config(model.source.path, directory)
+    return [_note(config)]
+
+
+def _note(config: OpenELMConfig) -> str:
+    reason = _why_not_apples_code(config)
+    if reason is not None:
+        return f"Apple's modelling code can't load it: {reason}"
+    return (
+        f"transformers loads it with trust_remote_code=True: it fetches Apple's code from {APPLE}"
+    )
+
+
+def _why_not_apples_code(config: OpenELMConfig) -> str | None:
+    """What `modeling_openelm.py` can't express, in words; None: nothing."""
     if _multipliers(config) is None:
-        return ["Apple's modelling code can't load it: no two qkv_multipliers give these heads"]
-    return []
+        return "no two qkv_multipliers give these heads"
+    if config.rms_norm_eps != RMS_NORM_EPS:
+        return f"its RMSNorm has an epsilon of {RMS_NORM_EPS:g}, this one {config.rms_norm_eps:g}"
+    again = replace(config, ffn_multipliers=_spread(config))
+    if again.ffn_dims != config.ffn_dims:
+        return "it rounds the two ffn_multipliers to other widths"
+    return None
+
+
+def _spread(config: OpenELMConfig) -> tuple[float, ...]:
+    """`ffn_multipliers` as Apple's code takes them: two are the ends of a line."""
+    given = config.ffn_multipliers
+    return tuple(round(m, 2) for m in given) if len(given) == 2 else given
 
 
 def _config(config: OpenELMConfig, dtypes: set[str]) -> dict[str, Any]:
@@ -47,6 +81,8 @@ def _config(config: OpenELMConfig, dtypes: set[str]) -> dict[str, Any]:
     found = _multipliers(config)
     if found is not None:
         values["num_gqa_groups"], values["qkv_multipliers"] = found
+    if _why_not_apples_code(config) is None:
+        values["auto_map"] = AUTO_MAP
     values |= {"normalization_layer_name": "rms_norm", "initializer_range": 0.02}
     values |= {"torch_dtype": dtypes.pop() if len(dtypes) == 1 else None, "use_cache": True}
     return values

@@ -5,117 +5,71 @@ They differ in the file's name and in the tensors' names, which `names` knows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_json, shown
+from mlx_openelm.files import find_in, read_json
+from mlx_openelm.names import map_names, with_embeddings
 from mlx_openelm.quantization import Quantization
+from mlx_openelm.stored_quantization import check_unpacked, foreign_method, stored_quantization
+from mlx_openelm.weight_files import APPLE_MLX, PYTORCH, SAFETENSORS, find_weights, join_tensors
 
-from .lazy import MAX_HEADER, LazyTensor, Source
+from .lazy import LazyTensor, Source
 from .quantized import dequantized
 from .safetensors_file import open_safetensors
 from .torch_file import lazy_tensors, open_torch
 
 
 def open_huggingface(path: Path) -> Source:
-    """A directory in Hugging Face's form, its weights in one file or in shards with an index.
+    """A directory in Hugging Face's form, its weights in one file or in shards.
 
     Raises:
-        InputError: when weights are missing, or a file is damaged; says which.
+        InputError: when weights are missing, packed by another program, or a file is damaged;
+            says which.
     """
-    name, tensors = _find_weights(path)
-    config = path / "config.json"
-    tokenizers = (path / name for name in ("tokenizer.model", "tokenizer.json"))
-    quantization = _quantization(config) if config.exists() else None
-    tensors = dequantized(tensors, quantization, str(path))
+    files = find_weights(path)
+    tensors = join_tensors(files, _OPENERS[files.form])
+    file = find_in(path, "config.json")
+    values = {} if file is None else read_json(file)
+    check_unpacked(tensors.values(), foreign_method(values), str(path))
+    quantization = stored_quantization(values, str(file))
     return Source(
-        _kind(name, config, quantization),
+        _kind(files.form, path, quantization),
         path,
-        tensors,
-        OpenELMConfig.from_json(config) if config.exists() else None,
-        next((file for file in tokenizers if file.is_file()), None),
+        dequantized(tensors, quantization, str(path)),
+        None if file is None else OpenELMConfig.from_dict(values, str(file)),
+        _tokenizer(path),
         quantization,
+        files.notes,
     )
 
 
-def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """A directory's tensors as they are stored, quantized ones in their parts.
+def open_parts(path: Path, tied: bool) -> dict[str, LazyTensor]:
+    """A model directory's tensors as they are stored, quantized ones in their parts.
 
     Raises:
-        InputError: as `open_huggingface`.
+        InputError: as `open_huggingface`; and when a name is unknown.
     """
-    return _find_weights(path)[1]
+    files = find_weights(path)
+    tensors, _ = map_names(join_tensors(files, _OPENERS[files.form]), quantized=True)
+    return with_embeddings(tensors, tied)
 
 
-def _find_weights(path: Path) -> tuple[str, dict[str, LazyTensor]]:
-    """The name of the file (or of the one that was cut into shards), and the tensors."""
-    for name, opener in WEIGHTS.items():
-        if os.path.exists(path / name):
-            return name, opener(path / name)
-        index = path / f"{name}.index.json"
-        if os.path.exists(index):
-            return name, open_shards(index, opener)
-    raise InputError(
-        f"{path}: no weights in it: {' or '.join(WEIGHTS)} is needed, or its .index.json (for a "
-        "CoreNet checkpoint, name the .pt file itself)"
-    )
+def _tokenizer(path: Path) -> Path | None:
+    found = (find_in(path, name) for name in ("tokenizer.model", "tokenizer.json"))
+    return next((file for file in found if file is not None), None)
 
 
-def _quantization(config: Path) -> Quantization | None:
-    values = read_json(config)
-    stored = values.get("quantization") or values.get("quantization_config")
-    if stored is None:
-        return None
-    if not isinstance(stored, dict):
-        raise InputError(f"{config}: quantization is {shown(stored)}, not an object")
-    return Quantization.from_dict(stored, str(config))
-
-
-def _kind(name: str, config: Path, quantization: Quantization | None) -> str:
-    if name == APPLE_MLX:
+def _kind(form: str, path: Path, quantization: Quantization | None) -> str:
+    if form == APPLE_MLX:
         whose = "MLX directory of Apple's example"
     else:
-        mlx = quantization is not None or os.path.exists(config.with_name("conversion.json"))
+        mlx = quantization is not None or find_in(path, "conversion.json") is not None
         whose = "MLX directory" if mlx else "Hugging Face directory"
     how = f", quantized to {quantization.default.bits} bits" if quantization else ""
-    return f"{whose} ({name}{how})"
-
-
-def open_shards(
-    index: Path, opener: Callable[[Path], dict[str, LazyTensor]]
-) -> dict[str, LazyTensor]:
-    """The tensors of all files that an index names, which must agree with it exactly.
-
-    Raises:
-        InputError: when a shard is missing or lies outside the directory, or a tensor is missing,
-            in two shards, or not in the index.
-    """
-    places = read_json(index, MAX_HEADER).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise InputError(f"{index}: its weight_map is missing or is no map from text to text")
-    tensors: dict[str, LazyTensor] = {}
-    for shard in sorted(set(places.values())):
-        if shard in ("", ".", "..") or Path(shard).name != shard:
-            raise InputError(f"{index}: names {shown(shard)}, which is not a file beside it")
-        if not os.path.isfile(index.parent / shard):
-            raise InputError(f"{index}: the shard {shown(shard)} is missing; download it too")
-        for name, tensor in opener(index.parent / shard).items():
-            if places.get(name) != shard:
-                raise InputError(
-                    f"{index}: tensor {shown(name)} is in {shown(shard)}, but the index says "
-                    f"{shown(places[name]) if name in places else 'nothing of it'}"
-                )
-            tensors[name] = tensor
-    missing = sorted(places.keys() - tensors.keys())
-    if missing:
-        raise InputError(
-            f"{index}: tensor {shown(missing[0])} is not in {shown(places[missing[0]])}, though "
-            "the index says so"
-        )
-    return tensors
+    return f"{whose} ({form}{how})"
 
 
 def open_bin(path: Path) -> dict[str, LazyTensor]:
@@ -130,10 +84,8 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
     return lazy_tensors(file, file.content)
 
 
-APPLE_MLX = "weights.safetensors"
-# In the order in which transformers looks for them; the last one is of Apple's MLX example
-WEIGHTS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
-    "model.safetensors": open_safetensors,
-    "pytorch_model.bin": open_bin,
+_OPENERS: dict[str, Callable[[Path], dict[str, LazyTensor]]] = {
+    SAFETENSORS: open_safetensors,
+    PYTORCH: open_bin,
     APPLE_MLX: open_safetensors,
 }

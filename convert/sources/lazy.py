@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +14,9 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
 from mlx_openelm.quantization import Quantization
+from mlx_openelm.safetensors import BITS
 
-# A directory, header or pickle larger than this (bytes) is refused before it is read: those of
-# OpenELM-3B's full training checkpoint have under 300 kB.
-MAX_HEADER = 4 << 20
 BLOCK_BYTES = 8 << 20  # of a tensor, in memory at once while converting
-MAX_DIMENSIONS = 8
-MAX_DIMENSION = 2**31 - 1  # MLX's shapes are int32
 
 # dtype -> how NumPy sees its bytes, and what MLX makes of them
 DTYPES: dict[str, tuple[str, mx.Dtype]] = {
@@ -45,10 +41,11 @@ DTYPES: dict[str, tuple[str, mx.Dtype]] = {
 class LazyTensor:
     """A tensor of a source: what it is, and how to get it, whole or by rows.
 
-    `name` is the source's name for it, `dtype` a key of `DTYPES`, the one it is stored in.
+    `name` is the source's name for it, `dtype` the one it is stored in, by PyTorch's name.
     `rows(start, stop)` gives that part of the first axis (a scalar is one row) in that dtype,
     contiguous; nothing of its data is read before. Reading raises `InputError` when the data is
-    damaged or gone; damage to one row may show only when all have been read.
+    damaged or gone, or `DTYPES` doesn't have the dtype; damage to one row may show only when all
+    have been read.
     """
 
     name: str
@@ -59,7 +56,7 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the contiguous tensor."""
-        return math.prod(self.shape) * item_size(self.dtype)
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> mx.array:
         """The whole tensor."""
@@ -84,8 +81,9 @@ class Source:
 
     `kind` says what it is in words. `tensors` has the source's names, each quantized matrix as
     what it stands for, and `quantization` how that was done. What a source doesn't have is None;
-    `tokenizer` is a SentencePiece file or a `tokenizer.json`; `files`, by their name in a model
-    directory, take the place of those that lie beside it.
+    `tokenizer` is a SentencePiece file or a `tokenizer.json`. `notes` are for the person.
+    `adapters` are the directories of those that are merged into it, the last one first: their
+    tokenizer, chat template and generation config come before those in `path`.
     """
 
     kind: str
@@ -94,24 +92,13 @@ class Source:
     config: OpenELMConfig | None = None
     tokenizer: Path | None = None
     quantization: Quantization | None = None
-    files: Mapping[str, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    adapters: tuple[Path, ...] = ()
 
 
 def item_size(dtype: str) -> int:
     """Bytes of one element."""
     return np.dtype(DTYPES[dtype][0]).itemsize
-
-
-def check_shape(shape: tuple[int, ...], where: str) -> None:
-    """Refuse a shape that no array of MLX can have.
-
-    Raises:
-        InputError: starting with `where`.
-    """
-    if len(shape) > MAX_DIMENSIONS:
-        raise InputError(f"{where} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
-    if any(type(n) is not int or not 0 <= n <= MAX_DIMENSION for n in shape):
-        raise InputError(f"{where} has the impossible shape {shown(list(shape))}")
 
 
 def to_array(raw: bytes, dtype: str, shape: tuple[int, ...], name: str) -> mx.array:

@@ -9,11 +9,11 @@ import mlx.core as mx
 
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
-from mlx_openelm.quantization import Quantization, Scheme
+from mlx_openelm.names import canonical_name
+from mlx_openelm.quantization import PARTS, Quantization, Scheme
+from mlx_openelm.stored_quantization import packed_scheme
 
 from .lazy import DTYPES, LazyTensor
-
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def dequantized(
@@ -29,64 +29,33 @@ def dequantized(
             contradict the scheme; names the tensor.
     """
     modules = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    parts: dict[str, dict[str, LazyTensor]] = {module: {} for module in modules}
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        if module in modules:
-            if part == "weight":
-                found[name] = _matrix(tensors, module, quantization, where)
-            elif part not in ("scales", "biases"):
-                raise InputError(f"{where}: tensor {shown(name)} belongs to no quantized matrix")
-        else:
+        if module not in modules:
             found[name] = tensor
-    for module in modules:
-        if f"{module}.weight" not in tensors:
-            raise InputError(f"{where}: tensor {shown(module + '.weight')} is missing")
+        elif part in PARTS:
+            parts[module][part] = tensor
+        else:
+            raise InputError(f"{where}: tensor {shown(name)} belongs to no quantized matrix")
+    for module in sorted(modules):
+        try:
+            found[f"{module}.weight"] = _matrix(module, parts[module], quantization)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
     return found
 
 
 def _matrix(
-    tensors: Mapping[str, LazyTensor],
-    module: str,
-    quantization: Quantization | None,
-    where: str,
+    module: str, parts: Mapping[str, LazyTensor], quantization: Quantization | None
 ) -> LazyTensor:
-    name = f"{module}.weight"
-    scheme = quantization.scheme(module) if quantization else None
-    if scheme is None:
-        raise InputError(f"{where}: {shown(module)} is quantized, but config.json doesn't say how")
-    weight, scales = tensors[name], tensors[f"{module}.scales"]
-    biases = tensors.get(f"{module}.biases")
-    affine = scheme.mode == "affine"
-    if affine and biases is None:
-        raise InputError(f"{where}: tensor {shown(module + '.biases')} is missing")
-    if biases is not None and (not affine or _kind(biases) != _kind(scales)):
-        raise InputError(f"{where}: tensor {shown(biases.name)} doesn't go with {scheme.mode}")
-    if weight.dtype != "uint32" or scales.dtype not in (_FLOATS if affine else ("uint8",)):
-        raise InputError(
-            f"{where}: {shown(module)} holds {weight.dtype} and {scales.dtype}, which is not "
-            f"{scheme.mode} quantization"
-        )
-    packed, groups = weight.shape, scales.shape
-    columns = groups[-1] * scheme.group_size if groups else 0
-    if (
-        len(packed) != 2
-        or len(groups) != 2
-        or packed[0] != groups[0]
-        or packed[1] * 32 != columns * scheme.bits
-        or 0 in packed
-    ):
-        raise InputError(
-            f"{where}: {shown(module)} is packed as {list(packed)} with scales {list(groups)}, "
-            f"which is not {scheme.bits} bits in groups of {scheme.group_size}"
-        )
-    dtype = scales.dtype if affine else "bfloat16"
+    canonical = canonical_name(f"{module}.weight") or f"{module}.weight"
+    scheme, shape = packed_scheme(canonical.removesuffix(".weight"), parts, quantization)
+    weight, scales, biases = parts["weight"], parts["scales"], parts.get("biases")
+    dtype = scales.dtype if scheme.mode == "affine" else "bfloat16"
     rows = partial(_rows, weight, scales, biases, scheme, dtype)
-    return LazyTensor(name, (packed[0], columns), dtype, rows)
-
-
-def _kind(tensor: LazyTensor) -> tuple[tuple[int, ...], str]:
-    return tensor.shape, tensor.dtype
+    return LazyTensor(weight.name, shape, dtype, rows)
 
 
 def _rows(

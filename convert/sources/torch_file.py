@@ -20,8 +20,9 @@ import numpy as np
 
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, read_range, shown
+from mlx_openelm.safetensors import MAX_HEADER, check_shape
 
-from .lazy import DTYPES, MAX_HEADER, LazyTensor, check_shape, item_size, to_array
+from .lazy import DTYPES, LazyTensor, item_size, to_array
 from .unpickler import StoredTensor, unpickle
 from .zip_directory import Member, read_directory
 

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
+from mlx_openelm.safetensors import MAX_DIMENSIONS
 
-from .lazy import DTYPES, MAX_DIMENSIONS
+from .lazy import DTYPES
 
 # No checkpoint has more, and what is repeated through the memo must stay cheap. An opcode makes
 # about 100 bytes of objects at most; the full training checkpoint of OpenELM-3B has 50,000.

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, read_range, shown
-
-from .lazy import MAX_HEADER
+from mlx_openelm.safetensors import MAX_HEADER
 
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")

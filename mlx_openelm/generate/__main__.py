@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,20 +13,23 @@ from .. import (
     IMPORTING,
     InputError,
     OpenELM,
+    OpenELMError,
     PromptCache,
     __version__,
     make_logits_processors,
     make_sampler,
 )
+from ..chat import CHAT_TEMPLATE
 from ..checkpoint import load, load_draft
-from ..command import INTERRUPTED, add_debug, run, tell
+from ..command import Parser, add_debug, exit_status, interruptible, path, run, tell, unicode
 from ..decoding import GenerationResponse, stream_generate, summary
 from ..hub import BUNDLED
+from ..streams import print_json, read_stdin
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="openelm-generate",
         description="Continue a prompt with an OpenELM model. The text goes to standard output.",
     )
@@ -36,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
         help="model directory or Hugging Face id (default: the small bundled demo)",
     )
     p.add_argument(
-        "--prompt", "-p", required=True, metavar="TEXT", help="the text to continue; - reads stdin"
+        "--prompt",
+        "-p",
+        type=unicode,
+        required=True,
+        metavar="TEXT",
+        help="the text to continue; - reads stdin",
     )
     p.add_argument(
         "--chat", action="store_true", help="the prompt is a message to an Instruct model"
@@ -73,7 +81,12 @@ def parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--seed", type=int, metavar="N", help="draw the same text every time")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)"
+        "--stop",
+        type=unicode,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT (repeatable)",
     )
     drafts = p.add_argument_group("drafts: the same text, sooner")
     drafts.add_argument(
@@ -102,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     )
     more.add_argument(
         "--prompt-cache-file",
+        type=path,
         metavar="FILE",
         help="what the text has in common with the last one kept here isn't computed again",
     )
@@ -120,12 +134,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return run(command, parser().parse_args(argv))
+    return run(lambda arguments: command(parser().parse_args(arguments)), argv)
 
 
 def command(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    prompt = _stdin(args.quiet) if args.prompt == "-" else args.prompt
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "stop": args.stop,
@@ -157,32 +171,56 @@ def command(args: argparse.Namespace) -> int:
         options["prompt_cache"] = _prompt_cache(args, model)
     loaded = time.perf_counter()
     if args.chat and prompt:
+        if tokenizer.chat_template is None:
+            tell("the model has no chat template: that of OpenELM's Instruct models is used")
+            tokenizer.chat_template = CHAT_TEMPLATE
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)
 
     texts: list[str] = []
     tokens: list[int] = []
     last: GenerationResponse | None = None  # all of them would keep all logits
-    interrupted = False
+    status, failure = 0, None
     first = loaded
     try:
-        for response in stream_generate(model, tokenizer, prompt, **options):
-            if last is None:
-                first = time.perf_counter()
-            last = response
-            texts.append(response.text)
-            tokens.append(response.token)
-            if not args.json:
-                print(response.text, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
+        with interruptible():
+            for response in stream_generate(model, tokenizer, prompt, **options):
+                if last is None:
+                    first = time.perf_counter()
+                last = response
+                texts.append(response.text)
+                tokens.append(response.token)
+                if not args.json:
+                    print(response.text, end="", flush=True)
+    except KeyboardInterrupt as interrupt:
+        status = exit_status(interrupt)
+    except OpenELMError as error:
+        if last is None:
+            raise
+        failure = error  # after the text that there is
+    context_full = bool(last and _context_full(last, args.max_tokens))
+    if args.json:
+        report = {
+            "text": "".join(texts),
+            "tokens": tokens,
+            **_report(last),
+            "context_full": context_full,
+        }
+        if failure or status:
+            report["finish_reason"] = "error" if failure else "interrupted"
+        print_json(report)
+    else:
+        print(flush=True)
+    if failure:
+        raise failure
     if args.prompt_cache_file is not None:
         options["prompt_cache"].save(args.prompt_cache_file)
-    if args.json:
-        report = {"text": "".join(texts), "tokens": tokens, **_report(last, interrupted)}
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        print()
+    if context_full and last and args.max_tokens > 0 and not args.quiet:
+        tell(
+            f"the context of {model.config.max_context_length:,} tokens is full: "
+            f"{last.prompt_tokens:,} of the prompt and {last.generation_tokens:,} generated, not "
+            f"{args.max_tokens:,} (--max-kv-size N goes on without the oldest tokens)"
+        )
     if args.verbose and last:
         tell(str(model.policy))
         tell(
@@ -191,15 +229,28 @@ def command(args: argparse.Namespace) -> int:
             f"prompt and first token after {first - loaded:.3f} s more"
         )
         tell(summary(last))
-    return INTERRUPTED if interrupted else 0
+    return status
+
+
+def _stdin(quiet: bool) -> str:
+    if sys.stdin is not None and sys.stdin.isatty() and not quiet:
+        tell("type the prompt; Ctrl-D on an empty line ends it")
+    return read_stdin()
+
+
+def _context_full(last: GenerationResponse, max_tokens: int) -> bool:
+    """Whether the text ended because there was no room for more, before `max_tokens`."""
+    return last.finish_reason == "length" and last.generation_tokens != max_tokens
 
 
 def _prompt_cache(args: argparse.Namespace, model: OpenELM) -> PromptCache:
-    file = Path(args.prompt_cache_file)
+    file: Path = args.prompt_cache_file
     if args.max_kv_size is not None:
         raise InputError("--prompt-cache-file can't be combined with --max-kv-size")
     if not file.parent.is_dir():
         raise InputError(f"{file.parent}: no such directory")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{file.parent}: not writable, so {file.name} can't be written there")
     if not file.exists():
         return PromptCache(model, kv_bits=args.kv_bits)
     cache = PromptCache.load(file, model)
@@ -209,12 +260,12 @@ def _prompt_cache(args: argparse.Namespace, model: OpenELM) -> PromptCache:
     return cache
 
 
-def _report(last: GenerationResponse | None, interrupted: bool) -> dict[str, Any]:
+def _report(last: GenerationResponse | None) -> dict[str, Any]:
     return {
-        "finish_reason": "interrupted" if interrupted else last and last.finish_reason,
         **{
             field: last and getattr(last, field)
             for field in (
+                "finish_reason",
                 "prompt_tokens",
                 "cached_tokens",
                 "prompt_tps",
