@@ -1,89 +1,48 @@
-"""LoRA and DoRA adapters, merged into the weights that they were trained on.
+"""Adapters, merged into a checkpoint's weights as their rows are read.
 
-LoRA (arXiv 2106.09685): W + s · B·A, with s = alpha / rank. DoRA (arXiv 2402.09353): the rows of
-that sum, rescaled to learned lengths. CoreNet saves an adapted model with the base weights in the
-same file; Hugging Face's PEFT saves a directory with the adapter alone.
+What an adapter is, and the formats of directories, are the runtime's (`mlx_openelm.adapters`,
+`mlx_openelm.adapter_files`). CoreNet saves an adapted model with its base weights in one file, by
+the names that PEFT has in memory.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
+from mlx_openelm.adapter_peft import Parts, Scale, updates
+from mlx_openelm.adapters import Adapter, Update, by_canonical_names, merge
 from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import read_yaml, shown
-from mlx_openelm.names import canonical_name
+from mlx_openelm.safetensors import check_float
 
 from .sources import LazyTensor
-from .sources.lazy import DTYPES
+from .sources.lazy import DTYPES, row_count
 
-EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
+_ELEMENTS = 1 << 19  # of a matrix, in float64 at once
 
-# A tensor's name, cut into its module and its part: CoreNet and PEFT in memory put the adapter's
-# name behind the part, PEFT's files don't
-_PART = re.compile(
-    r"(?P<module>.+)\."
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
-)
-_BASE = re.compile(r"(?P<module>.+)\.base_layer\.weight")
-_OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
-
-# The parts of one module's adapter: lora_A, lora_B and perhaps lora_magnitude_vector
-Parts = dict[str, LazyTensor]
-# (a module's name in the adapter, its rank) -> what B·A is multiplied with
-Scale = Callable[[str, int], float]
+Float64 = npt.NDArray[np.float64]
 
 
-def split(
-    tensors: Mapping[str, LazyTensor],
-) -> tuple[dict[str, LazyTensor], dict[str, Parts]]:
-    """The plain tensors (`.base_layer` taken out of their names), and each module's adapter.
-
-    Raises:
-        InputError: when there are two adapters.
-    """
-    plain: dict[str, LazyTensor] = {}
-    adapters: dict[str, Parts] = {}
-    for name, tensor in tensors.items():
-        if found := _PART.fullmatch(name):
-            parts = adapters.setdefault(found["module"], {})
-            part = found["part"]
-            if part in parts:
-                raise InputError(
-                    f"tensors {shown(parts[part].name)} and {shown(name)}: there are several "
-                    "adapters; one can be merged"
-                )
-            parts[part] = tensor
-        elif found := _BASE.fullmatch(name):
-            plain[f"{found['module']}.weight"] = tensor
-        else:
-            plain[name] = tensor
-    return plain, adapters
-
-
-def merge(
-    base: Mapping[str, LazyTensor],
-    adapters: Mapping[str, Parts],
-    scale: Scale,
-    config: OpenELMConfig,
+def merge_adapter(
+    base: Mapping[str, LazyTensor], adapter: Adapter[LazyTensor], config: OpenELMConfig
 ) -> tuple[dict[str, LazyTensor], OpenELMConfig, list[str]]:
-    """The base with the adapters in it, computed in float32 as rows are read, in the base's dtype.
+    """The base with an adapter in it, computed in float64 as rows are read, in the base's dtype.
 
-    Where tied embeddings are adapted, the network's output still uses them as they were: so it
+    Where tied embeddings are updated, the network's output still uses them as they were: so it
     is with CoreNet and PEFT while they train, and so the merged model is untied.
 
     Args:
         base: tensors by the names of a model directory.
-        adapters: by module, as `split` gives them.
-        scale: see `Scale`.
+        adapter: by its own names.
         config: the base's geometry.
 
     Returns:
@@ -92,80 +51,127 @@ def merge(
     Raises:
         InputError: when an adapter has no matrix to go to, or doesn't fit it; names it.
     """
-    merged, notes = dict(base), []
-    for module, parts in adapters.items():
-        name = canonical_name(f"{module}.weight")
-        if name is None or name not in base:
-            raise InputError(f"the adapter of {shown(module)} has no matrix to be merged into")
-        merged[name] = _merged(base[name], module, parts, scale)
-        if name == EMBEDDINGS and config.share_input_output_layers:
-            merged[HEAD] = base[HEAD] if HEAD in base else base[name]
-            config = replace(config, share_input_output_layers=False)
-            notes.append(
-                "the adapter changes the embeddings but not the output matrix, so the merged "
-                "model has both"
-            )
-    return merged, config, [f"merged the adapters of {len(adapters)} matrices", *notes]
-
-
-def _merged(base: LazyTensor, module: str, parts: Parts, scale: Scale) -> LazyTensor:
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    by_name = {_OURS.get(name, name) if embedding else name: t for name, t in parts.items()}
-    for part in ("lora_A", "lora_B"):
-        if part not in by_name:
-            raise InputError(f"the adapter of {shown(module)} has no {part}")
-    a, b = by_name["lora_A"], by_name["lora_B"]
-    magnitude = by_name.get("lora_magnitude_vector")
-    if len(by_name) != len(parts) or (embedding and magnitude is not None):
-        raise InputError(f"the adapter of {shown(module)} has parts that don't go together")
-    rows, columns = base.shape if len(base.shape) == 2 else (0, 0)
-    rank = a.shape[0] if a.shape else 0
-    # of an embedding, A has a column for each row of the matrix, and B a row for each column
-    wanted = ((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))
-    if not rank or (a.shape, b.shape) != wanted:
-        raise InputError(
-            f"the adapter of {shown(module)} has the shapes {list(a.shape)} and {list(b.shape)}, "
-            f"which don't fit a matrix of {list(base.shape)}"
+    adapter, notes = by_canonical_names(adapter)
+    merged, changed = merge(base, adapter, config, _add, _put)
+    counts = {
+        "the updates of {} matrices": len(adapter.updates),
+        "{} tensors that replace the base's": len(adapter.tensors),
+        "{} rows of tokens": sum(len(indices) for indices, _ in adapter.rows.values()),
+    }
+    done = ", ".join(text.format(count) for text, count in counts.items() if count)
+    notes.append(f"merged {done or 'an empty adapter'}")
+    if changed.vocab_size != config.vocab_size:
+        notes.append(f"the adapter's embeddings have {changed.vocab_size} rows")
+    if changed.share_input_output_layers != config.share_input_output_layers:
+        notes.append(
+            "the adapter changes the embeddings or the output matrix alone, so the merged model "
+            "has both"
         )
-    if magnitude is not None and magnitude.shape not in ((rows,), (rows, 1), (1, rows)):
-        raise InputError(
-            f"the magnitudes of {shown(module)} have the shape {list(magnitude.shape)}; the "
-            f"matrix has {rows} rows"
-        )
-    compute = partial(_rows, base, a, b, magnitude, scale(module, rank), embedding)
-    return LazyTensor(base.name, base.shape, base.dtype, compute)
+    return merged, changed, notes
 
 
-def _rows(
-    base: LazyTensor,
-    a: LazyTensor,
-    b: LazyTensor,
-    magnitude: LazyTensor | None,
-    scale: float,
-    embedding: bool,
-    start: int,
-    stop: int,
-) -> mx.array:
-    if embedding:
-        update = _float32(a.read())[:, start:stop].T @ _float32(b.read()).T
+def corenet_adapter(
+    path: Path, parts: Mapping[str, Parts[LazyTensor]], scale: Scale
+) -> Adapter[LazyTensor]:
+    """The adapter in a file of CoreNet, as `split` takes it out.
+
+    Raises:
+        InputError: when a part is missing.
+    """
+    return Adapter(path, "LoRA or DoRA adapter", updates(path, parts, scale), keeps_head=True)
+
+
+def _put(base: LazyTensor, indices: list[int], values: LazyTensor) -> LazyTensor:
+    check_float(values)
+    place = {index: i for i, index in enumerate(indices)}
+
+    def rows(start: int, stop: int) -> mx.array:
+        part = base.rows(start, stop)
+        with mx.stream(mx.cpu):  # a GPU has no float64
+            for row in sorted(place.keys() & set(range(start, stop))):
+                part[row - start] = values.rows(place[row], place[row] + 1)[0].astype(part.dtype)
+            mx.eval(part)
+        return part
+
+    return LazyTensor(base.name, base.shape, base.dtype, rows)
+
+
+def _add(base: LazyTensor, update: Update[LazyTensor]) -> LazyTensor:
+    for tensor in (base, update.left, update.right, update.magnitude):
+        if tensor is not None:
+            check_float(tensor)
+
+    @cache
+    def columns() -> Float64:
+        """The lengths of the sum's columns [columns]."""
+        squares = np.zeros(base.shape[1])
+        for start in range(0, base.shape[0], _step(base)):
+            stop = min(start + _step(base), base.shape[0])
+            squares += (_sum(base, update, start, stop) ** 2).sum(axis=0)
+        return np.sqrt(squares)
+
+    def rows(start: int, stop: int) -> mx.array:
+        blocks = []
+        for first in range(start, stop, _step(base)):
+            last = min(first + _step(base), stop)
+            with np.errstate(all="ignore"):  # what overflows is found when it is written
+                block = _sum(base, update, first, last)
+                if update.magnitude is not None:
+                    lengths = _float64(update.magnitude).reshape(-1)
+                    if update.by_column:
+                        block *= lengths / columns()
+                    else:
+                        norms = np.sqrt((block**2).sum(axis=1))
+                        block *= (lengths[first:last] / norms)[:, None]
+            wide = mx.float64 if base.dtype == "float64" else mx.float32
+            blocks.append(mx.array(block, dtype=wide).astype(DTYPES[base.dtype][1], stream=mx.cpu))
+        merged = mx.concatenate(blocks, stream=mx.cpu)
+        mx.eval(merged)
+        return merged
+
+    return LazyTensor(base.name, base.shape, base.dtype, rows)
+
+
+def _step(base: LazyTensor) -> int:
+    return max(1, _ELEMENTS // base.shape[1])
+
+
+def _sum(base: LazyTensor, update: Update[LazyTensor], start: int, stop: int) -> Float64:
+    """Rows of W + scale · left @ right, in float64."""
+    if update.transposed:
+        left, right = _float64(update.left)[:, start:stop].T, _float64(update.right).T
     else:
-        update = _float32(b.rows(start, stop)) @ _float32(a.read())
-    rows = _float32(base.rows(start, stop)) + scale * update
-    if magnitude is not None:
-        wanted = _float32(magnitude.read()).reshape(-1, 1)[start:stop]
-        rows = rows * (wanted / mx.linalg.norm(rows, axis=1, keepdims=True))
-    rows = rows.astype(DTYPES[base.dtype][1], stream=mx.cpu)  # a GPU has no float64
-    mx.eval(rows)
-    return rows
+        left, right = _float64(update.left, start, stop), _float64(update.right)
+    return _float64(base, start, stop) + update.scale * product(left, right)
 
 
-def _float32(array: mx.array) -> mx.array:
-    return array.astype(mx.float32, stream=mx.cpu)
+def _float64(tensor: LazyTensor, start: int = 0, stop: int | None = None) -> Float64:
+    rows = tensor.rows(start, row_count(tensor.shape) if stop is None else stop)
+    wide = mx.float64 if tensor.dtype == "float64" else mx.float32
+    return np.array(rows.astype(wide, stream=mx.cpu)).astype(np.float64)
 
 
-def alpha_over_rank(alpha: float) -> Scale:
-    """LoRA's own scale, with one alpha for all modules."""
-    return lambda module, rank: alpha / rank
+def product(left: Float64, right: Float64) -> Float64:
+    """left [m, rank] @ right [rank, n], the same bits whatever library multiplies.
+
+    Both are cut into two integers an element, times a power of two that a row of `left` or a
+    column of `right` has in common. The integers are so small that all sums of their products
+    are below 2⁵³, which float64 has exactly, in any order (as in Ozaki, Ogita, Oishi and Rump,
+    doi:10.1007/s11075-011-9478-1). Some 44 bits of the largest product are right.
+    """
+    bits = (52 - math.ceil(math.log2(max(1, left.shape[1])))) // 2
+    left_high, left_low, left_unit = _integers(left, 1, bits)
+    right_high, right_low, right_unit = _integers(right, 0, bits)
+    low = left_high @ right_low + left_low @ right_high
+    return (left_high @ right_high + np.ldexp(low, -bits)) * (left_unit * right_unit)
+
+
+def _integers(x: Float64, axis: int, bits: int) -> tuple[Float64, Float64, Float64]:
+    """(high, low, unit): x = (high + low / 2^bits) · unit, but for what is less than half a low."""
+    _, exponent = np.frexp(np.abs(x).max(axis=axis, keepdims=True, initial=0))
+    unit = np.ldexp(1.0, exponent - bits)
+    high = np.rint(x / unit)
+    return high, np.rint(np.ldexp(x / unit - high, bits)), unit
 
 
 def corenet_scale(yaml: Path) -> Scale | None:

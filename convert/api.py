@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +13,13 @@ from mlx_openelm.files import user_path
 from mlx_openelm.quantization import Scheme
 from mlx_openelm.shapes import tensor_shapes
 
-from .commands.checkpoint import open_checkpoint
-from .commands.convert import is_instruct, tokenizer_of
+from .checkpoint import open_checkpoint
+from .commands.convert import (
+    chat_template_of,
+    generation_config_of,
+    is_instruct,
+    tokenizer_of,
+)
 from .commands.upload import upload_directory
 from .floats import DTYPES
 from .recipe import Recipe, make_scheme
@@ -52,10 +56,7 @@ def convert(
     out = user_path(mlx_path)
     if out.exists():
         raise InputError(f"{out}: exists; delete it, or name another mlx_path")
-    checkpoint = open_checkpoint(
-        str(hf_path),
-        argparse.Namespace(config=None, ema=False, base=None, lora_alpha=None, revision=revision),
-    )
+    checkpoint = open_checkpoint(hf_path, revision=revision)
     source = checkpoint.source
     if source.quantization is not None and not dequantize:
         raise InputError(
@@ -72,9 +73,10 @@ def convert(
         out,
         Options(dtype=dtype, recipe=recipe, chat=is_instruct(str(hf_path))),
         tokenizer=tokenizer_of(None, source),
-        generation_config=source.path,
+        chat_template=chat_template_of(None, source),
+        generation_config=generation_config_of(source),
         source={"kind": source.kind},
-        reads=[source.path],
+        reads=[source.path, *source.adapters],
     )
     if upload_repo is not None:
         upload_directory(out, upload_repo)

@@ -157,11 +157,14 @@ def _make(place: Path) -> tuple[Path, int | None]:
     Until it is locked, another process may take it for remains and remove it: then there is a new
     one.
     """
-    for attempt in range(10):
+    for _ in range(10):
         work = Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
-        lock = _lock(work)
-        if lock is None and attempt < 9 and not work.exists():
-            continue
+        try:
+            lock = _lock(work)
+            if lock is None:
+                continue
+        except OSError:
+            lock = None
         try:
             (work / _MARKER).touch()
             (work / _NEW).mkdir()
@@ -178,7 +181,10 @@ def _remove_remains(place: Path) -> None:
     for remains in place.parent.glob(f"{glob.escape(_prefix(place))}????????"):
         if remains.is_symlink() or not remains.is_dir():
             continue
-        lock = _lock(remains)
+        try:
+            lock = _lock(remains)
+        except OSError:
+            continue
         if lock is None:
             continue
         try:
@@ -210,16 +216,23 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock; None: another process does, or it is gone."""
+    """A descriptor that holds the directory's lock; None: another process does, or it is gone.
+
+    Raises:
+        OSError: when the file system has no locks.
+    """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -91,6 +91,7 @@ def convert(
     options: Options,
     *,
     tokenizer: Path | None = None,
+    chat_template: str | Mapping[str, str] | None = None,
     generation_config: Path | None = None,
     source: Mapping[str, Any] | None = None,
     reads: Iterable[Path] = (),
@@ -106,6 +107,7 @@ def convert(
         options: what to make of them.
         tokenizer: a directory with a tokenizer, a SentencePiece file or a tokenizer.json, to put
             beside the weights.
+        chat_template: takes the place of the tokenizer's; several by their names.
         generation_config: a directory whose `generation_config.json`, if any, is carried.
         source: what the tensors came from, for `conversion.json`.
         reads: the files and directories that the tensors and options came from, which are never
@@ -153,7 +155,9 @@ def convert(
             _stream(tensors, done, options.allow_nonfinite, write, hashes, progress)
         save_config(directory, config, quantization)
         if tokenizer is not None:
-            done.notes += _write_tokenizer(tokenizer, directory, options.chat)
+            reason = write_tokenizer_files(tokenizer, directory, options.chat, chat_template)
+            if reason is not None:
+                done.notes.append(f"no tokenizer.json, which other runtimes need: {reason}")
         if generation_config is not None:
             carry_generation_config(generation_config, directory)
         if hashes is not None:
@@ -277,11 +281,6 @@ def _with_token_ids(config: OpenELMConfig, tokenizer: Tokenizer) -> OpenELMConfi
         bos_token_id=tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id,
         eos_token_id=tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id,
     )
-
-
-def _write_tokenizer(tokenizer: Path, directory: Path, chat: bool) -> list[str]:
-    reason = write_tokenizer_files(tokenizer, directory, chat=chat)
-    return [f"no tokenizer.json, which other runtimes need: {reason}"] if reason else []
 
 
 class _Hashes:

@@ -94,6 +94,22 @@ def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | di
     return _checked_template(template, where)
 
 
+def named_templates(template: str | Mapping[str, str]) -> dict[str, str]:
+    """The files that hold a template, or several by name: the inverse of `read_chat_template`.
+
+    Raises:
+        InputError: when a name can't be a file's.
+    """
+    texts = {"default": template} if isinstance(template, str) else template
+    for name in texts:
+        if not name or name.startswith(".") or "/" in name or not name.isprintable():
+            raise InputError(f"chat template {shown(name)}: its name can't be a file's")
+    return {
+        _TEMPLATE_FILE if name == "default" else f"{_TEMPLATE_DIRECTORY}/{name}.jinja": text
+        for name, text in texts.items()
+    }
+
+
 def _checked_template(template: object, where: str) -> str | dict[str, str] | None:
     if template is None or isinstance(template, str):
         return template

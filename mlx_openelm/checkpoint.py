@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import mlx.core as mx
 
 from . import device
+from .adapter_files import is_adapter, open_adapter, own_tokenizer, read_safetensors
+from .adapters import apply_adapter
 from .config import OpenELMConfig
 from .errors import InputError, OpenELMError
 from .files import find_in, read_json
-from .hub import resolve, resolve_tokenizer
+from .hub import resolve, resolve_source, resolve_tokenizer
 from .model import OpenELM
 from .names import map_names, with_embeddings
 from .quantization import PARTS, Quantization
-from .safetensors import Entry, check_float, read_header
+from .safetensors import Entry, check_float, load_arrays, read_header
 from .shards import SHARD_BYTES, Spec, new_shards, raw, write_json
 from .stored_quantization import (
     check_unpacked,
@@ -83,7 +85,9 @@ def load(
         path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
         tokenizer_config: values that go before those of `tokenizer_config.json`.
         model_config: values that go before those of `config.json`.
-        adapter_path: not supported yet; only None.
+        adapter_path: directory (or Hugging Face id) of an adapter, mlx-lm's or PEFT's, which is
+            merged into the weights (see `adapters.apply_adapter`). A tokenizer, a chat template
+            and a `generation_config.json` in it take the place of the model's.
         lazy: leave the weights on disk until they are first used.
         return_config: return `config.json`, with the `model_config`, as a third value.
         revision: branch, tag or commit of the Hugging Face repository.
@@ -98,21 +102,31 @@ def load(
     """
     from .tokenizer import load_tokenizer
 
-    if adapter_path is not None:
-        raise InputError("adapter_path isn't supported; merge the adapter with openelm-convert")
     directory = resolve(path_or_hf_repo, revision)
-    source = directory if tokenizer is None else resolve_tokenizer(tokenizer)
+    if is_adapter(directory):
+        raise InputError(
+            f"{directory}: an adapter, not a model; load the model that it was trained on, with "
+            "this as its adapter_path"
+        )
+    adapter = None if adapter_path is None else resolve_source(adapter_path)
+    source = adapter if adapter is not None and own_tokenizer(adapter) else directory
+    if tokenizer is not None:
+        source = resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
     reading = _Thread(
         lambda: _timed(
             "tokenizer",
             seconds,
-            lambda: load_tokenizer(source, model=directory, tokenizer_config=tokenizer_config),
+            lambda: load_tokenizer(
+                source, model=directory, adapter=adapter, tokenizer_config=tokenizer_config
+            ),
         )
     )
     try:
         model = _timed(
-            "weights", seconds, lambda: load_model(directory, lazy=lazy, model_config=model_config)
+            "weights",
+            seconds,
+            lambda: load_model(directory, lazy=lazy, model_config=model_config, adapter=adapter),
         )
     finally:
         # A thread that is still in C++ code when the interpreter ends aborts the process.
@@ -218,11 +232,16 @@ def read_config(directory: Path, changes: Mapping[str, Any] | None = None) -> di
 
 
 def load_model(
-    directory: Path, *, lazy: bool = False, model_config: Mapping[str, Any] | None = None
+    directory: Path,
+    *,
+    lazy: bool = False,
+    model_config: Mapping[str, Any] | None = None,
+    adapter: Path | None = None,
 ) -> OpenELM:
     """The model in a directory, in the dtype that suits the device.
 
-    `model_config` are values that go before those of `config.json`.
+    `model_config` are values that go before those of `config.json`; `adapter` is the directory of
+    one that is merged into it.
 
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
@@ -240,6 +259,9 @@ def load_model(
             _drop_redundant_head(arrays)
         norm = arrays.get("transformer.norm.weight")
         dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
+        if adapter is not None:
+            opened = open_adapter(adapter, {".safetensors": read_safetensors})
+            arrays, config, quantization = apply_adapter(opened, arrays, config, quantization)
         model = OpenELM(config, arrays, quantization, dtype)
         del arrays
         if not lazy:
@@ -301,10 +323,7 @@ def _arrays(entries: Mapping[str, Entry]) -> dict[str, mx.array]:
     arrays = {}
     for name, entry in entries.items():
         if entry.path not in files:
-            try:
-                files[entry.path] = cast("dict[str, mx.array]", mx.load(str(entry.path)))
-            except (RuntimeError, ValueError) as error:
-                raise InputError(f"{entry.path}: MLX can't read it ({error})") from None
+            files[entry.path] = load_arrays(entry.path)
         arrays[name] = files[entry.path][entry.name]
     return arrays
 

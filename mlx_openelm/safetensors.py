@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
+
+import mlx.core as mx
 
 from .errors import InputError
 from .files import file_size, parse_json, read_range, shown
@@ -110,6 +112,18 @@ def read_header(path: Path) -> dict[str, Entry]:
         if stored in header and canonical_name(name):
             tensors.setdefault(name, tensors[stored])
     return tensors
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file whose header was checked, read when they are evaluated.
+
+    Raises:
+        InputError: when MLX can't read it.
+    """
+    try:
+        return cast("dict[str, mx.array]", mx.load(str(path)))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: MLX can't read it ({error})") from None
 
 
 def check_shape(shape: tuple[int, ...], where: str) -> None:

@@ -12,7 +12,7 @@ from .chat import choose_template, read_chat_template, render_chat
 from .detokenizer import StreamingDetokenizer
 from .errors import InputError
 from .files import user_path
-from .tokenizer_files import end_ids, read_optional
+from .tokenizer_files import end_ids, first_template, read_optional
 from .tokenizer_files import find_tokenizer as find_tokenizer
 from .vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 
@@ -276,6 +276,7 @@ def load_tokenizer(
     directory_or_file: str | Path,
     *,
     model: Path | None = None,
+    adapter: Path | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """Read a tokenizer from a model directory, or from one file.
@@ -290,6 +291,9 @@ def load_tokenizer(
         directory_or_file: where it is.
         model: the model's directory, where that is another one: its configuration says which
             further ids end a text.
+        adapter: the directory of the model's adapter, whose chat template and
+            `generation_config.json` take the place of others. Where the tokenizer is the
+            adapter's too, but has no template, the model's stays.
         tokenizer_config: entries that replace those of `tokenizer_config.json`.
 
     Raises:
@@ -308,9 +312,12 @@ def load_tokenizer(
         special_tokens_map = read_optional(path, "special_tokens_map.json")
         added_tokens = read_optional(path, "added_tokens.json")
         template = read_chat_template(path, settings)
-        if tokenizer_config and "chat_template" in tokenizer_config:
-            template = tokenizer_config["chat_template"]
         model = path if model is None else model
+    if adapter is not None:
+        others = [model] if model is not None and path == adapter else []
+        template = first_template([adapter]) or template or first_template(others)
+    if tokenizer_config and "chat_template" in tokenizer_config:
+        template = tokenizer_config["chat_template"]
     found: Declared = declared(settings, where, special_tokens_map, added_tokens)
     read = from_tokenizer_json if file.suffix == ".json" else from_sentencepiece
     vocabulary = read(file, found, settings)
@@ -323,5 +330,5 @@ def load_tokenizer(
         )
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    tokenizer.eos_token_ids = end_ids(tokenizer.eos_token_id, model)
+    tokenizer.eos_token_ids = end_ids(tokenizer.eos_token_id, model, adapter)
     return tokenizer

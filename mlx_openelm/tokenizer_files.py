@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .added_tokens import content, declared, read_token
-from .chat import CHAT_TEMPLATE, read_chat_template, template_files
+from .chat import CHAT_TEMPLATE, named_templates, read_chat_template, template_files
 from .config import check_token_ids, token_ids
 from .errors import InputError
 from .files import find_in, read_bytes, read_json
@@ -53,23 +53,39 @@ def read_optional(directory: Path, name: str) -> dict[str, Any]:
     return {} if path is None else read_json(path)
 
 
-def end_ids(own: int, model: Path | None) -> set[int]:
+def first_template(directories: Iterable[Path]) -> str | dict[str, str] | None:
+    """The chat template, or the templates by name, of the first directory that has one.
+
+    Raises:
+        InputError: when a file can't be read, or a template isn't text.
+    """
+    for directory in directories:
+        template = read_chat_template(directory, read_optional(directory, CONFIG))
+        if template is not None:
+            return template
+    return None
+
+
+def end_ids(own: int, model: Path | None, adapter: Path | None = None) -> set[int]:
     """The ids that end a text: the tokenizer's own EOS, and those that a model's directory adds.
 
-    It adds those in `generation_config.json`, else those in `config.json`, as in mlx-lm.
+    It adds those in `generation_config.json`, else those in `config.json`, as in mlx-lm. That of
+    an adapter's directory takes the place of the model's `generation_config.json`.
 
     Raises:
         InputError: when a file can't be read, or its `eos_token_id` holds no ids.
     """
     if model is None:
         return {own}
-    for name in (GENERATION, "config.json"):
-        found = read_optional(model, name).get("eos_token_id")
+    adapted = adapter is not None and find_in(adapter, GENERATION) is not None
+    generation = adapter if adapter is not None and adapted else model
+    for directory, name in ((generation, GENERATION), (model, "config.json")):
+        found = read_optional(directory, name).get("eos_token_id")
         if found is not None:
             try:
                 return {own, *token_ids(check_token_ids("eos_token_id", found))}
             except InputError as error:
-                raise InputError(f"{model / name}: {error}") from None
+                raise InputError(f"{directory / name}: {error}") from None
     return {own}
 
 
@@ -118,14 +134,20 @@ def copy_file(path: Path, target: Path) -> None:
     target.write_bytes(read_bytes(path))
 
 
-def write_tokenizer_files(source: Path, directory: Path, chat: bool) -> str | None:
+def write_tokenizer_files(
+    source: Path,
+    directory: Path,
+    chat: bool,
+    template: str | Mapping[str, str] | None = None,
+) -> str | None:
     """Write a tokenizer into a model directory, for us and for the rest of the MLX world.
 
     `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte.
     What transformers, and so mlx-lm, needs and `source` lacks is added: a `tokenizer.json` that
     equals the `tokenizer.model`, a `tokenizer_config.json` that makes transformers take it as it
-    is, and with `chat` the chat template of the OpenELM Instruct models, where there is none. The
-    same source always gives the same bytes.
+    is, and with `chat` the chat template of the OpenELM Instruct models, where there is none. A
+    `template`, or several by their names, takes the place of the source's. The same source always
+    gives the same bytes.
 
     Returns None, or the reason why there is no `tokenizer.json`: some SentencePiece models have
     no equal there. `load_tokenizer` can use such a directory; mlx-lm would find other ids.
@@ -138,13 +160,19 @@ def write_tokenizer_files(source: Path, directory: Path, chat: bool) -> str | No
     root = source if source.is_dir() else None
     has_template = root is not None and read_chat_template(root, settings) is not None
     made: dict[str, Any] = {}
+    if template is not None:
+        has_template = True
+        replaced = template_files(root) if root is not None else {}
+        files = {name: path for name, path in files.items() if name not in replaced}
+        made = named_templates(template)
     reason = None
     if JSON not in files:
         if MODEL not in files:
             raise InputError(f"{source}: no tokenizer.model or tokenizer.json")
-        made, reason = _from_model(files, settings)
+        more, reason = _from_model(files, settings)
+        made |= more
     elif CONFIG not in files:
-        made = {CONFIG: _configuration(_named_in_json(files[JSON]))}
+        made[CONFIG] = _configuration(_named_in_json(files[JSON]))
     if chat and not has_template:
         if CONFIG in made:
             made[CONFIG]["chat_template"] = CHAT_TEMPLATE
@@ -155,7 +183,9 @@ def write_tokenizer_files(source: Path, directory: Path, chat: bool) -> str | No
             copy_file(path, directory / name)
     for name, value in made.items():
         if isinstance(value, str):
-            (directory / name).write_text(value, encoding="utf-8")
+            file = directory / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(value, encoding="utf-8", newline="")
         else:
             _write_json(directory / name, value)
     return reason

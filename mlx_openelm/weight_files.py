@@ -66,10 +66,7 @@ def find_weights(directory: Path) -> WeightFiles:
     Raises:
         InputError: when there are none, a shard is missing, or several sets have an equal claim.
     """
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise InputError(f"{directory}: can't be read ({error.strerror})") from None
+    names = _names(directory)
     for form in FORMS:
         index = f"{form}.index.json"
         if form in names:
@@ -89,6 +86,16 @@ def find_weights(directory: Path) -> WeightFiles:
         f"{directory}: no {SAFETENSORS} in it, no {PYTORCH} or {APPLE_MLX}, nor shards of them"
         f"{hint} (for a CoreNet checkpoint, convert the .pt file itself)"
     )
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has files that a model's weights are looked for in, complete or not.
+
+    Raises:
+        InputError: when it can't be read.
+    """
+    names = _names(directory)
+    return any(f"{form}.index.json" in names or _fitting(form, names) for form in FORMS)
 
 
 def join_tensors(found: WeightFiles, read: Callable[[Path], Mapping[str, T]]) -> dict[str, T]:
@@ -121,6 +128,18 @@ def join_tensors(found: WeightFiles, read: Callable[[Path], Mapping[str, T]]) ->
     return tensors
 
 
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise InputError(f"{directory}: can't be read ({error.strerror})") from None
+
+
+def _fitting(form: str, names: Iterable[str]) -> list[str]:
+    """The names that begin and end as `form` does."""
+    return [name for name in names if fnmatchcase(name, "*".join(os.path.splitext(form)))]
+
+
 def _indexed(directory: Path, form: str, index: Path, names: list[str]) -> WeightFiles:
     places = read_json(index, MAX_HEADER).get("weight_map")
     if (
@@ -143,13 +162,11 @@ def _group(directory: Path, form: str, names: list[str]) -> list[str]:
 
     `model.fp16.safetensors`, for example, or `model-00001-of-00002.safetensors` and its like.
     """
-    stem, suffix = os.path.splitext(form)
     groups: dict[str, list[str]] = {}
-    for name in names:
-        if fnmatchcase(name, f"{stem}*{suffix}"):
-            shard = _SHARD.fullmatch(name)
-            key = f"{shard['stem']}-of-{shard['count']}" if shard else name
-            groups.setdefault(key, []).append(name)
+    for name in _fitting(form, names):
+        shard = _SHARD.fullmatch(name)
+        key = f"{shard['stem']}-of-{shard['count']}" if shard else name
+        groups.setdefault(key, []).append(name)
     if len(groups) > 1:
         listed = _listed([group[0] for group in groups.values()])
         raise InputError(
@@ -157,6 +174,7 @@ def _group(directory: Path, form: str, names: list[str]) -> list[str]:
         )
     for group in groups.values():
         if shard := _SHARD.fullmatch(group[0]):
+            suffix = os.path.splitext(form)[1]
             _check_complete(directory, shard["stem"], shard["count"], suffix, group)
         return group
     return []

@@ -13,7 +13,6 @@ status is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -34,12 +33,16 @@ import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
+from mlx_openelm import OpenELM
+from mlx_openelm.adapter_files import is_adapter, open_adapter, read_safetensors
+from mlx_openelm.adapter_peft import alpha_over_rank, split
+from mlx_openelm.adapters import apply_adapter
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
-from mlx_openelm.convert.commands.checkpoint import open_checkpoint
+from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
+from mlx_openelm.convert.checkpoint import READERS, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.sources import LazyTensor, open_source
-from mlx_openelm.convert.sources.peft import is_peft, open_peft
 from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
 from mlx_openelm.names import map_names
@@ -64,6 +67,7 @@ def write_kinds(parent: Path) -> list[Path]:
     paths = {name: parent / name for name in ("sharded", "bin", "mlx", "mxfp4", "apple")}
     for path in paths.values():
         path.mkdir()
+    paths["mlx_lora"] = parent / "mlx_lora"
     mx.save_safetensors(str(parent / "file.safetensors"), {"a": mx.ones((2, 3)), "b": mx.zeros(4)})
 
     halves = dict(list(arrays.items())[:9]), dict(list(arrays.items())[9:])
@@ -93,8 +97,14 @@ def write_kinds(parent: Path) -> list[Path]:
     }
     for name, values in configs.items():
         write_json(paths[name] / "config.json", values)
+    paths["mlx_lora"].mkdir()
+    module = "transformer.layers.0.attn.out_proj"
+    parts = {f"{module}.lora_a": mx.ones((4, 2)), f"{module}.lora_b": mx.ones((2, 8))}
+    mx.save_safetensors(str(paths["mlx_lora"] / "adapters.safetensors"), parts)
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.0}}
+    write_json(paths["mlx_lora"] / "adapter_config.json", settings)
     fixtures = ("layouts.pt", "float16.pt", "training_checkpoint_last.pt")
-    adapters = ("lora.pt", "dora.pt", "peft_lora", "peft_dora")
+    adapters = ("lora.pt", "dora.pt", "peft_lora", "peft_dora", "peft_tokens_resized")
     return [
         *(FIXTURES / name for name in (*fixtures, *adapters)),
         parent / "file.safetensors",
@@ -179,19 +189,27 @@ def changed(data: bytes, name: str, chance: random.Random) -> tuple[str, bytes]:
 
 def read(path: Path) -> dict[str, bytes]:
     """Every tensor's bytes, of an adapter those of the merged model."""
-    if is_peft(path):
-        adapter = open_peft(path)
-        plain, adapters = split(adapter.tensors)
-        weights = base() | map_names(plain)[0]
-        tensors, _, _ = merge(weights, adapters, adapter.scale, infer(weights))
+    if is_adapter(path):
+        weights = base()
+        tensors, _, _ = merge_adapter(weights, open_adapter(path, READERS), infer(weights))
+        in_memory(path, weights)
     else:
-        tensors, adapters = split(open_source(path).tensors)
-        if adapters:
+        tensors, parts = split(open_source(path).tensors)
+        if parts:
             weights = map_names(tensors)[0]
-            tensors, _, _ = merge(weights, adapters, alpha_over_rank(3), infer(weights))
+            adapter = corenet_adapter(path, parts, alpha_over_rank(3))
+            tensors, _, _ = merge_adapter(weights, adapter, infer(weights))
     found = {name: raw(lazy.read()) for name, lazy in tensors.items()}
     assert sum(map(len, found.values())) <= 100 * (size(path) + size(FIXTURES / "float32.pt"))
     return found
+
+
+def in_memory(path: Path, weights: dict[str, LazyTensor]) -> None:
+    """Merge an adapter as the runtime does when it loads a model."""
+    arrays = {name: tensor.read() for name, tensor in weights.items()}
+    adapter = open_adapter(path, {".safetensors": read_safetensors})
+    merged, config, _ = apply_adapter(adapter, arrays, infer(weights), None)
+    OpenELM(config, merged)
 
 
 def infer(tensors: dict[str, LazyTensor]) -> OpenELMConfig:
@@ -223,10 +241,8 @@ def outcome(path: Path, tensors: dict[str, bytes]) -> str:
 
 def convert_all(path: Path) -> None:
     """Make a model directory of it, beside it."""
-    adapter = is_peft(path) or split(open_source(path).tensors)[1]
-    args = argparse.Namespace(config=None, ema=False, lora_alpha=None, revision=None)
-    args.base = str(FIXTURES / "float32.pt") if adapter else None
-    checkpoint = open_checkpoint(str(path), args)
+    adapter = is_adapter(path) or split(open_source(path).tensors)[1]
+    checkpoint = open_checkpoint(path, base=FIXTURES / "float32.pt" if adapter else None)
     out = path.with_name("output")
     convert(checkpoint.tensors, checkpoint.config, out, Options(), force=True)
 

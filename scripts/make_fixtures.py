@@ -115,18 +115,34 @@ class Adaptable(nn.Module):
             elif len(shape) == 2:
                 made = nn.Linear(shape[1], shape[0], bias=False)
             module.add_module(last, made)
+        # what PEFT asks a model of transformers for
+        self.config = {"model_type": "openelm", "vocab_size": CONFIG.vocab_size}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings, whose output matrix they are too."""
+        return self.get_submodule("token_embeddings")
+
+    def get_output_embeddings(self) -> None:
+        """None: tied."""
 
 
-def adapted(adapter: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def adapted(
+    adapter: str, new_tokens: int = 0, **options: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network with a random adapter of PEFT's, and its tensors once that is merged."""
     from peft import LoraConfig, get_peft_model
 
     base = Adaptable()
     base.load_state_dict(torch.load("tests/fixtures/float32.pt", weights_only=True))
+    if new_tokens:
+        weight = base.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        rows = torch.cat([weight, torch.randn(new_tokens, weight.shape[1])])
+        base.add_module("token_embeddings", nn.Embedding.from_pretrained(rows))
     config = LoraConfig(r=3, bias="none", **options)
     model = get_peft_model(base, config, adapter_name=adapter)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "trainable_tokens_delta" in name:
             parameter.data = torch.randn(parameter.shape) * 0.3 + 0.1
     merged = deepcopy(model).merge_and_unload()  # type: ignore[operator]
     return model, merged.state_dict()
@@ -178,6 +194,43 @@ def adapters(directory: Path) -> None:
         np.savez_compressed(directory / f"{name}.npz", **values)
 
 
+def more_adapters(directory: Path) -> None:
+    """PEFT's directories with more than LoRA in them, and what they merge to."""
+    torch.manual_seed(2)
+    for name, options in {
+        "peft_resized": {"new_tokens": 2, "target_modules": ["qkv_proj"]},
+        "peft_resized_lora": {"new_tokens": 2, "target_modules": ["token_embeddings"]},
+        "peft_tokens": {
+            "new_tokens": 0,
+            "target_modules": LINEAR,
+            "trainable_token_indices": [9, 2],
+            "alpha_pattern": {r"^layers\.[01]\.ffn\.proj_.*": 9, "(out|qkv)_proj": 5},
+        },
+        "peft_tokens_resized": {
+            "new_tokens": 3,
+            "target_modules": ["out_proj"],
+            "trainable_token_indices": {"token_embeddings": [9, 2, 11]},
+        },
+        "peft_embedding_dora": {"target_modules": ["token_embeddings"], "use_dora": True},
+        "peft_parameters": {
+            "target_modules": ["qkv_proj"],
+            "target_parameters": ["out_proj.weight"],
+            "modules_to_save": ["norm", "token_embeddings"],
+        },
+    }.items():
+        model, _ = adapted("default", lora_alpha=4, **options)  # type: ignore[arg-type]
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.data = parameter.data + 1
+        merged = deepcopy(model).merge_and_unload().state_dict()  # type: ignore[operator]
+        embeddings = "new_tokens" in options and bool(options["new_tokens"])
+        model.save_pretrained(directory / name, save_embedding_layers=embeddings)  # type: ignore[operator]
+        (directory / name / "README.md").unlink()
+        np.savez_compressed(
+            directory / f"{name}.npz", **{key: value.numpy() for key, value in merged.items()}
+        )
+
+
 def save(path: Path, content: object, tensors: dict[str, Tensor]) -> None:
     """Save `content`, and beside it the tensors that are to be found in it."""
     torch.save(content, path)
@@ -213,6 +266,7 @@ def main(directory: Path) -> None:
     torch.save({"ones": torch.ones(3)}, directory / "no_crc.pt")
     torch.serialization.set_crc32_options(True)
     adapters(directory)
+    more_adapters(directory)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_openelm.adapter_files import open_adapter
+from mlx_openelm.adapter_peft import alpha_over_rank, split
 from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.convert.adapters import alpha_over_rank, merge, split
+from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
+from mlx_openelm.convert.checkpoint import READERS
 from mlx_openelm.convert.sources import LazyTensor, open_source
-from mlx_openelm.convert.sources.peft import open_peft
 from mlx_openelm.errors import InputError
 from mlx_openelm.names import map_names
 
@@ -130,7 +132,7 @@ def test_the_formulas_by_rows(module: str, dora: bool) -> None:
     rows, columns = w.shape
     a = rng.normal(size=(3, rows if embedding else columns)).astype(np.float32)
     b = rng.normal(size=(columns if embedding else rows, 3)).astype(np.float32)
-    m = rng.normal(size=rows).astype(np.float32)
+    m = rng.normal(size=columns if embedding else rows).astype(np.float32)
     prefix = "lora_embedding_" if embedding else "lora_"
     tensors = {
         f"{module}.base_layer.weight": lazy("w", w),
@@ -139,19 +141,20 @@ def test_the_formulas_by_rows(module: str, dora: bool) -> None:
     }
     if dora:
         tensors[f"{module}.lora_magnitude_vector.any"] = lazy("m", m)
-    plain, adapters = split(tensors)
-    base, _ = map_names(plain)
-    if dora and embedding:
-        with pytest.raises(InputError, match="don't go together"):
-            merge(base, adapters, alpha_over_rank(6), CONFIGS["untied"])
-        return
-    merged, _, _ = merge(base, adapters, alpha_over_rank(6), CONFIGS["untied"])
+    plain, parts = split(tensors)
+    adapter = corenet_adapter(Path("x"), parts, alpha_over_rank(6))
+    merged, _, _ = merge_adapter(map_names(plain)[0], adapter, CONFIGS["untied"])
     [tensor] = merged.values()
     double = (x.astype(np.float64) for x in (w, a, b))
     w64, a64, b64 = double
     wanted = w64 + 2 * ((b64 @ a64).T if embedding else b64 @ a64)
     if dora:
-        wanted *= (m / np.linalg.norm(wanted, axis=1))[:, None]
+        # PEFT's embeddings are a linear layer's matrix transposed
+        wanted *= (
+            m / np.linalg.norm(wanted, axis=0)
+            if embedding
+            else ((m / np.linalg.norm(wanted, axis=1))[:, None])
+        )
     for start, stop in ((0, 12), (5, 9)):
         assert np.abs(np.array(tensor.rows(start, stop)) - wanted[start:stop]).max() < 1e-5
 
@@ -167,7 +170,10 @@ A, B = "layers.0.attn.qkv_proj.lora_A.lora.weight", "layers.0.attn.qkv_proj.lora
         (lambda t: t.update({A: t[B]}), "which don't fit a matrix of"),
         (lambda t: t.update({A.replace("lora.w", "two.w"): t[A]}), "several adapters"),
         (lambda t: t.update({"norm.lora_B.lora.weight": t[B]}), "'norm' has no lora_A"),
-        (lambda t: t.update({"other.lora_A.weight": t[A]}), "'other' has no matrix"),
+        (
+            lambda t: t.update({"other.lora_A.weight": t[A], "other.lora_B.weight": t[B]}),
+            "'other' has no matrix",
+        ),
         (lambda t: t.update({"layers.0.attn.qkv_proj.lora_C.x": t[A]}), "kind that isn't known"),
     ],
 )
@@ -176,8 +182,9 @@ def test_adapters_that_do_not_fit(change: Callable[[dict[str, Any]], Any], messa
     change(tensors)
 
     def read() -> None:
-        plain, adapters = split(tensors)
-        merge(map_names(plain)[0], adapters, alpha_over_rank(3), CONFIGS["scaled"])
+        plain, parts = split(tensors)
+        adapter = corenet_adapter(Path("x"), parts, alpha_over_rank(3))
+        merge_adapter(map_names(plain)[0], adapter, CONFIGS["scaled"])
 
     with pytest.raises(InputError) as error:
         read()
@@ -188,8 +195,9 @@ def test_adapters_that_do_not_fit(change: Callable[[dict[str, Any]], Any], messa
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is 'True'"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
+        ({"lora_bias": True}, "lora_bias is 'True'"),
+        ({"lora_alpha": float("nan")}, "alpha of 'base_model.model."),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"lora_alpha": "8"}, "alpha of 'base_model.model."),
         ({"r": 4}, "says '4'"),
@@ -230,7 +238,7 @@ def test_what_an_adapter_alone_needs(run: Run, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(FIXTURES / "peft_lora", tmp_path / "adapter"))
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"adapter_model\.safetensors or adapter_model\.bin"):
-        open_peft(adapter)
+        open_adapter(adapter, READERS)
 
 
 def test_a_corenet_adapter_alone_is_merged_into_its_base(run: Run, tmp_path: Path) -> None:

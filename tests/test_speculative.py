@@ -396,6 +396,7 @@ def test_a_draft_model_must_have_the_tokenizer(demo: Demo, tmp_path: Path) -> No
     at = pieces.index("▁the".encode())
     pieces[at + 3 : at + 6] = b"teh"
     (other / "tokenizer.model").write_bytes(pieces)
+    (other / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="its tokenizer is not the model's .token .* instead of"):
         load_draft(other, tokenizer)
     for file in other.glob("tokenizer*"):

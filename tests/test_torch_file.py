@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from mlx_openelm.convert.sources import LazyTensor, open_source, zip_directory
 from mlx_openelm.convert.sources import torch_file as reader
 from mlx_openelm.convert.sources.torch_file import open_torch
 from mlx_openelm.errors import InputError
+from mlx_openelm.files import read_range
 
 from .checkpoints import (
     DEFLATED,
@@ -434,8 +439,117 @@ def test_a_file_without_checksums_cut_after_it_was_opened(tmp_path: Path) -> Non
     path.write_bytes(zipped(members))
     lazy = open_source(path).tensors["w"]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="was changed while it was read"):
+    with pytest.raises(InputError, match="it is truncated"):
         lazy.read()
+
+
+CUT = """
+import sys
+from pathlib import Path
+import numpy as np
+from mlx_openelm.convert.sources import open_source
+from mlx_openelm.errors import InputError
+path = Path(sys.argv[1])
+real = np.lib.stride_tricks.as_strided
+def cut(*args, **kwargs):  # when the file's bytes are about to be picked
+    path.write_bytes(path.read_bytes()[:100])
+    return real(*args, **kwargs)
+np.lib.stride_tricks.as_strided = cut
+for rows in open_source(path).tensors["w"].blocks():
+    pass
+"""
+
+
+def test_a_file_cut_while_it_is_read_does_not_kill_the_process(tmp_path: Path) -> None:
+    """Mapped memory would end it with SIGBUS."""
+    size = 1 << 20
+    content = pickled({"w": tensor(size=size, shape=(size // 2,), stride=(2,))})
+    members = [Member("model/data.pkl", content), Member("model/data/0", b"\0" * 4 * size, crc=0)]
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(members))
+    done = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, check=False)
+    assert done.returncode in (0, 1), done.returncode
+    assert b"InputError" in done.stderr or done.returncode == 0
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_strides(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """With no gap bridged and with all, the elements that NumPy finds at these strides."""
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    stride = data.draw(st.lists(st.integers(0, 12), min_size=len(shape), max_size=len(shape)))
+    offset = data.draw(st.integers(0, 9))
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    size = max(last + 1, math.prod(shape))
+    values = np.arange(size, dtype="<f4")
+    described = tensor("0", size, offset, tuple(shape), tuple(stride))
+    path = torch_file(
+        tmp_path_factory.mktemp("x") / "x.pt", {"w": described}, {"0": values.tobytes()}
+    )
+    strides = [step * 4 for step in stride]
+    wanted = np.lib.stride_tricks.as_strided(values[offset:], shape, strides)
+    for gap in (0, 40, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reader, "_GAP", gap)
+            lazy = open_source(path).tensors["w"]
+            np.testing.assert_array_equal(np.array(lazy.read()), wanted)
+            start = data.draw(st.integers(0, shape[0] - 1))
+            np.testing.assert_array_equal(np.array(lazy.rows(start, shape[0])), wanted[start:])
+
+
+def test_a_block_of_a_transposed_matrix_reads_no_more_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, columns = 100_000, 20
+    described = tensor("0", rows * columns, 0, (rows, columns), (1, rows))
+    storage = np.zeros(rows * columns, "<f4").tobytes()
+    members = [Member("m/data.pkl", pickled({"w": described})), Member("m/data/0", storage, crc=0)]
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(members))
+    lazy = open_source(path).tensors["w"]
+    sizes = []
+
+    def counted(path: Path, offset: int, size: int) -> bytes:
+        sizes.append(size)
+        return read_range(path, offset, size)
+
+    monkeypatch.setattr(reader, "read_range", counted)
+    assert lazy.rows(5, 1005).shape == (1000, columns)
+    assert sum(sizes) <= 2 * 1000 * columns * 4
+
+
+def test_tensors_that_share_a_storage_do_not_fill_the_disk(tmp_path: Path) -> None:
+    size = 1 << 20
+    content = {f"w{i}": tensor(size=size, shape=(size,), stride=(1,)) for i in range(40)}
+    members = [
+        Member("m/data.pkl", pickled(content)),
+        Member("m/data/0", b"\0" * 4 * size, crc=0),
+    ]
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(members))
+    with pytest.raises(InputError, match="many share a storage"):
+        open_source(path)
+
+
+def test_a_state_dict_repeated_through_the_memo_takes_little_time(tmp_path: Path) -> None:
+    state = pickled({f"{i}": tensor() for i in range(500)})[2:-1]
+    again = b"".join(b"J" + struct.pack("<i", i) + b"h\xffs" for i in range(50_000))
+    pickle = b"\x80\x02}q\x00" + state + b"q\xff0h\x00" + again + b"."
+    path = tmp_path / "x.pt"
+    members = [Member("m/data.pkl", pickle), Member("m/data/0", SIX)]
+    path.write_bytes(zipped(members))
+    start = time.process_time()
+    with pytest.raises(InputError, match="or one inside; found '0', '1'") as error:
+        open_source(path)
+    assert time.process_time() - start < 3
+    assert len(str(error.value)) < 1000
+
+
+def test_many_members_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(zipped(GOOD, count=30_000))
+    with pytest.raises(InputError, match="30000 members, more than any"):
+        open_source(path)
 
 
 def test_a_file_that_is_gone_says_so(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,6 +256,19 @@ BOMBS = {
     "a call repeated through the memo": (
         b"\x80\x02c_codecs\nencode\nq\x00(" + b"N" * 50_000 + b"tq\x01" + b"h\x00h\x01R" * 50_000
     ),
+    # a byte each that makes an object: what a file may have at most (MAX_HEADER)
+    "dictionaries": b"}" * (4 << 20) + b".",
+    "dictionaries with an entry": b"}NNs" * (1 << 20) + b".",
+    "tuples": b"N" + b"\x85" * (4 << 20) + b".",
+    "a large memo": b"N" + b"\x94" * (4 << 20) + b".",
+    "short strings": b"\x8c\x01\xc3\xa9" * (1 << 20) + b".",
+    "calls": b"\x80\x02ccollections\nOrderedDict\nq\x000" + b"h\x00)R" * (1 << 20) + b".",
+    "a long integer": b"\x80\x02\x8b" + struct.pack("<i", 4 << 20) + b"\x7f" * (4 << 20) + b".",
+    "a string of wide characters": b"X"
+    + struct.pack("<I", (4 << 20) + 4)
+    + b"a" * (4 << 20)
+    + "\U0001f600".encode()
+    + b".",
     "one key again and again": (
         b"\x80\x02}X\xe8\x03\x00\x00" + b"k" * 1000 + b"q\x000" + b"h\x00Ns" * 20_000 + b"."
     ),
@@ -274,6 +288,16 @@ def test_a_bomb_takes_little_time_and_memory(name: str) -> None:
         tracemalloc.stop()
     assert peak < 64 << 20
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("where", ["size", "offset", "shape", "stride"])
+def test_an_integer_that_cannot_be_printed_is_refused(where: str) -> None:
+    long = b"\x8b" + struct.pack("<i", 2000) + b"\x7f" * 2000
+    values: dict[str, Any] = {"size": 77, "offset": 77, "shape": (77, 1), "stride": (77, 1)}
+    data = pickled(tensor(**{where: values[where]}))
+    assert data.count(b"L77L\n") == 1
+    with pytest.raises(InputError, match="an integer of 15999 bits"):
+        unpickle(data.replace(b"L77L\n", long))
 
 
 def test_state_of_an_ordered_dict_is_let_go() -> None:

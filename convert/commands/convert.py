@@ -11,15 +11,16 @@ from pathlib import Path
 
 from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import user_path
+from mlx_openelm.files import find_in, user_path
 from mlx_openelm.hub import origin, resolve_tokenizer
 from mlx_openelm.quantization import MODES, Scheme
+from mlx_openelm.tokenizer_files import GENERATION, first_template
 
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe
 from ..sources import Source
 from ..writer import Conversion, Options, convert
-from .checkpoint import add_source_options, open_checkpoint, tell_notes
+from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size
 from .verify import compare_with_source
 
@@ -93,7 +94,7 @@ def _choices(which: int) -> str:
 def command(args: argparse.Namespace) -> int:
     """Open the source, convert it, say what was done."""
     recipe = _recipe(args)
-    checkpoint = open_checkpoint(args.source, args)
+    checkpoint = checkpoint_of(args.source, args)
     tell_notes([*checkpoint.notes, *_quantized_already(checkpoint.source, args.strict)])
     tokenizer = tokenizer_of(args.tokenizer, checkpoint.source)
     options = Options(
@@ -110,7 +111,8 @@ def command(args: argparse.Namespace) -> int:
             args.out,
             options,
             tokenizer=tokenizer,
-            generation_config=checkpoint.source.path,
+            chat_template=chat_template_of(args.tokenizer, checkpoint.source),
+            generation_config=generation_config_of(checkpoint.source),
             source=_source(args, checkpoint.source),
             reads=_reads(args, checkpoint.source),
             force=args.force,
@@ -129,7 +131,11 @@ def command(args: argparse.Namespace) -> int:
 def _reads(args: argparse.Namespace, source: Source) -> list[Path]:
     """What is read and lies on this machine, which must not be replaced."""
     named = (args.source, args.base, args.tokenizer, args.config, args.recipe)
-    paths = [source.path, *(user_path(name) for name in named if name is not None)]
+    paths = [
+        source.path,
+        *source.adapters,
+        *(user_path(name) for name in named if name is not None),
+    ]
     return [path for path in paths if os.path.exists(path)]
 
 
@@ -192,3 +198,17 @@ def tokenizer_of(given: str | None, source: Source) -> Path | None:
 def is_instruct(name: str) -> bool:
     """Whether a checkpoint's name says that it is an Instruct model."""
     return "instruct" in name.lower()
+
+
+def chat_template_of(given: str | None, source: Source) -> str | dict[str, str] | None:
+    """The template that takes the place of the tokenizer's: an adapter's, if there is one."""
+    if not source.adapters:
+        return None
+    base = [source.path] if given is None and source.path.is_dir() else []
+    return first_template([*source.adapters, *base])
+
+
+def generation_config_of(source: Source) -> Path:
+    """The directory whose `generation_config.json` is carried."""
+    found = (path for path in source.adapters if find_in(path, GENERATION))
+    return next(found, source.path)

@@ -14,7 +14,7 @@ from mlx_openelm.shapes import tensor_shapes
 from ..checkpoint import Checkpoint
 from ..published import published_name
 from ..writer import check_shapes
-from .checkpoint import add_source_options, open_checkpoint
+from .checkpoint import add_source_options, checkpoint_of
 
 DESCRIPTION = "Say what a checkpoint is, and what converting would make of it. Reads headers only."
 
@@ -29,7 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Print what is found; refuses what couldn't be converted, with the same words."""
-    checkpoint = open_checkpoint(args.source, args)
+    checkpoint = checkpoint_of(args.source, args)
     found = describe(checkpoint)
     if not args.tensors:
         del found["tensors"]

@@ -11,7 +11,7 @@ from mlx_openelm.hub import resolve
 from ..checkpoint import Checkpoint, open_directory
 from ..verify import TOKENS, Verdict, bound_for, verify
 from ..writer import without_redundant_head
-from .checkpoint import add_source_options, open_checkpoint, tell_notes
+from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size, watched
 
 DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
@@ -31,7 +31,7 @@ def command(args: argparse.Namespace) -> int:
     if args.tokens < 1:
         raise InputError(f"--tokens must be at least 1, not {args.tokens}")
     converted = open_directory(resolve(args.directory))
-    checkpoint = open_checkpoint(args.against, args, converted.config)
+    checkpoint = checkpoint_of(args.against, args, converted.config)
     tell_notes([*converted.notes, *checkpoint.notes])
     return compare(converted, checkpoint, args.tokens)
 

@@ -9,11 +9,11 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, read_range
 
 from .corenet import open_corenet
-from .huggingface import open_huggingface
+from .huggingface import open_bin, open_huggingface
 from .lazy import LazyTensor, Source
 from .safetensors_file import open_safetensors
 
-__all__ = ["LazyTensor", "Source", "open_source"]
+__all__ = ["LazyTensor", "Source", "open_bin", "open_safetensors", "open_source"]
 
 
 def open_source(path: Path, *, ema: bool = False) -> Source:

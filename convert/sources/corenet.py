@@ -13,6 +13,7 @@ from .torch_file import lazy_tensors, open_torch
 from .unpickler import StoredTensor
 
 MODEL, EMA = "model_state_dict", "ema_state_dict"
+_SHOWN = 8  # keys in an error message
 
 
 def open_corenet(path: Path, *, ema: bool = False) -> Source:
@@ -34,7 +35,9 @@ def open_corenet(path: Path, *, ema: bool = False) -> Source:
 
 def _state_dict(content: dict[Any, object], ema: bool, path: Path) -> tuple[str, dict[Any, object]]:
     """What the file is, in words, and its state dict."""
-    inside = {key: value for key, value in content.items() if _is_state_dict(value)}
+    distinct = {id(value): value for value in content.values()}  # a pickle may repeat one cheaply
+    states = {key for key, value in distinct.items() if _is_state_dict(value)}
+    inside: dict[Any, Any] = {key: v for key, v in content.items() if id(v) in states}
     if ema and EMA not in inside:
         raise InputError(f"{path}: has no averaged weights ({EMA})")
     if MODEL in inside or EMA in inside:
@@ -43,7 +46,7 @@ def _state_dict(content: dict[Any, object], ema: bool, path: Path) -> tuple[str,
     if any(isinstance(value, StoredTensor) for value in content.values()):
         return "PyTorch state dict", content
     if len(inside) != 1:
-        found = ", ".join(map(shown, inside)) or "none"
+        found = ", ".join(map(shown, list(inside)[:_SHOWN])) or "none"
         raise InputError(
             f"{path}: a state dict is needed, or one inside; found {found}; save the model's alone"
         )

@@ -82,6 +82,8 @@ class Source:
     `kind` says what it is in words. `tensors` has the source's names, each quantized matrix as
     what it stands for, and `quantization` how that was done. What a source doesn't have is None;
     `tokenizer` is a SentencePiece file or a `tokenizer.json`. `notes` are for the person.
+    `adapters` are the directories of those that are merged into it, the last one first: their
+    tokenizer, chat template and generation config come before those in `path`.
     """
 
     kind: str
@@ -91,6 +93,7 @@ class Source:
     tokenizer: Path | None = None
     quantization: Quantization | None = None
     notes: list[str] = field(default_factory=list)
+    adapters: tuple[Path, ...] = ()
 
 
 def item_size(dtype: str) -> int:

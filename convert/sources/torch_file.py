@@ -30,6 +30,8 @@ ZIP = b"PK\x03\x04"
 # Pickled by torch.save before 1.6: protocol 2, then the long integer 0x1950a86a20f9469cfc6c.
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _CHUNK = 1 << 20
+_GAP = 1 << 16  # bytes between a strided tensor's elements that are read rather than skipped
+_SHARED = 4  # times a file's size that its tensors may have, where storages are shared
 
 
 @dataclass
@@ -123,6 +125,12 @@ def lazy_tensors(file: TorchFile, state: Mapping[Any, object]) -> dict[str, Lazy
         _check(file, stored, where)
         rows = partial(_rows, file, name, stored)
         tensors[name] = LazyTensor(name, stored.shape, stored.dtype, rows)
+    total, size = sum(tensor.nbytes for tensor in tensors.values()), file_size(file.path)
+    if total > _SHARED * size + _CHUNK:
+        raise InputError(
+            f"{file.path}: its tensors have {total} bytes, the file {size}: many share a storage; "
+            "save them apart (clone them)"
+        )
     return tensors
 
 
@@ -187,17 +195,27 @@ def _is_contiguous(tensor: StoredTensor) -> bool:
 
 
 def _gather(path: Path, offset: int, tensor: StoredTensor) -> bytes:
-    """The elements of a strided tensor, in order; of the file, only their pages are read."""
+    """The elements of a strided tensor, in order; what lies far between them isn't read."""
     dtype = np.dtype(DTYPES[tensor.dtype][0])
-    strides = [
-        step * dtype.itemsize if n > 1 else 0
-        for n, step in zip(tensor.shape, tensor.stride, strict=True)
-    ]
-    try:
-        mapped = np.memmap(path, dtype, "r", offset, (_span(tensor),))
-    except (OSError, ValueError):
-        raise InputError(f"{path}: can't be read, or was changed while it was read") from None
-    return np.lib.stride_tricks.as_strided(mapped, tensor.shape, strides).tobytes()
+    gathered = np.empty(tensor.shape, dtype)
+
+    def fill(out: np.ndarray[Any, Any], at: int) -> None:
+        steps = [step if n > 1 else 0 for n, step in zip(out.shape, tensor.stride, strict=True)]
+        span = 1 + sum((n - 1) * step for n, step in zip(out.shape, steps, strict=True))
+        axis = int(np.argmax(steps))
+        if out.shape[axis] == 1 or span * dtype.itemsize <= 2 * out.nbytes + _GAP:
+            raw = read_range(path, offset + at * dtype.itemsize, span * dtype.itemsize)
+            strides = [step * dtype.itemsize for step in steps]
+            values = np.frombuffer(raw, dtype)
+            out[...] = np.lib.stride_tricks.as_strided(values, out.shape, strides, writeable=False)
+        else:
+            half = out.shape[axis] // 2
+            before = (slice(None),) * axis
+            fill(out[(*before, slice(half))], at)
+            fill(out[(*before, slice(half, None))], at + half * steps[axis])
+
+    fill(gathered, 0)
+    return gathered.tobytes()
 
 
 def _small_member(file: TorchFile, name: str) -> bytes:

@@ -21,8 +21,11 @@ from mlx_openelm.safetensors import MAX_DIMENSIONS
 
 from .lazy import DTYPES
 
-# No checkpoint has more, and what is repeated through the memo must stay cheap.
+# No checkpoint has more, and what is repeated through the memo must stay cheap. An opcode makes
+# about 100 bytes of objects at most; the full training checkpoint of OpenELM-3B has 50,000.
+MAX_OPCODES = 250_000
 MAX_KEY = 1000  # characters of a dictionary's key
+MAX_BITS = 256  # of an integer: the states of random generators have 128
 MAX_ARGUMENTS = 8
 
 
@@ -85,8 +88,15 @@ def unpickle(data: bytes) -> object:
     memo: dict[int, Any] = {}
     position = 0
     try:
-        for opcode, argument, at in pickletools.genops(data):
+        for count, (opcode, argument, at) in enumerate(pickletools.genops(data)):
             position = at or 0
+            if count == MAX_OPCODES:
+                raise InputError(
+                    f"the pickle has more than {MAX_OPCODES} opcodes, which no checkpoint needs"
+                )
+            if type(argument) is int and argument.bit_length() > MAX_BITS:
+                bits = argument.bit_length()
+                raise InputError(f"the pickle has an integer of {bits} bits: refused")
             if opcode.name == "STOP":
                 return stack.pop()
             step = _STEPS.get(opcode.name)

@@ -21,6 +21,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 0xFFFF
+_MAX_MEMBERS = 20_000  # the full training checkpoint of OpenELM-3B has 1,500
 _IN_EXTRA = 0xFFFFFFFF  # the value is in the zip64 extra field
 _ENCRYPTED, _STORED = 1, 0
 
@@ -99,9 +100,11 @@ def _find_directory(path: Path, size: int) -> tuple[int, int, int]:
 
 def _entries(directory: bytes, count: int) -> list[tuple[str, int, Member]]:
     """Name, offset of the local header, and size and CRC of every entry."""
-    found = []
+    if count > _MAX_MEMBERS:
+        raise InputError(f"it has {count} members, more than any checkpoint needs")
+    found: list[tuple[str, int, Member]] = []
     at = 0
-    while at < len(directory):
+    while at < len(directory) and len(found) <= count:
         fields = _ENTRY.unpack_from(directory, at)
         signature, _, _, flags, method, _, _, crc, packed, size = fields[:10]
         name_length, extra_length, comment_length, _, _, _, local = fields[10:]
