@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -254,18 +255,30 @@ def load_model(
     entries = with_embeddings(read_entries(directory, foreign_method(values)), tied)
     _check_dtypes(entries, quantization)
     arrays = _arrays(entries)
-    try:
+    with _naming_files(directory, entries):
         if tied:
             _drop_redundant_head(arrays)
-        norm = arrays.get("transformer.norm.weight")
-        dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
-        if adapter is not None:
-            opened = open_adapter(adapter, {".safetensors": read_safetensors})
-            arrays, config, quantization = apply_adapter(opened, arrays, config, quantization)
+    norm = arrays.get("transformer.norm.weight")
+    dtype = device.compute_dtype(mx.float32 if norm is None else norm.dtype)
+    if adapter is not None:
+        stored = arrays
+        opened = open_adapter(adapter, {".safetensors": read_safetensors})
+        arrays, config, quantization = apply_adapter(opened, stored, config, quantization)
+        entries = {n: e for n, e in entries.items() if arrays.get(n) is stored.get(n)}
+        del stored, opened
+    with _naming_files(adapter or directory, entries):
         model = OpenELM(config, arrays, quantization, dtype)
         del arrays
         if not lazy:
             model.prepare()
+    return model
+
+
+@contextmanager
+def _naming_files(directory: Path, entries: Mapping[str, Entry]) -> Iterator[None]:
+    """Let errors about tensors begin with the tensor's file, or else with `directory`."""
+    try:
+        yield
     except InputError as error:
         named = [entry.path for name, entry in entries.items() if name in str(error).split()]
         raise InputError(f"{named[0] if named else directory}: {error}") from None
@@ -273,7 +286,6 @@ def load_model(
         for file in {entry.path for entry in entries.values()}:
             read_header(file)  # says so if the file has become shorter
         raise OpenELMError(f"{directory}: its weights couldn't be loaded ({error})") from error
-    return model
 
 
 def read_entries(directory: Path, method: str | None = None) -> dict[str, Entry]:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, load
+from mlx_openelm import InputError, OpenELM, OpenELMError, generate, load
 from mlx_openelm.adapter_files import open_adapter, read_safetensors
 from mlx_openelm.adapters import apply_adapter
 from mlx_openelm.checkpoint import load_model, read_arrays, save_model
@@ -497,6 +497,171 @@ def test_the_adapters_files_win_in_conversion(run: Run, tmp_path: Path, base: Pa
     assert (out / "chat_template.jinja").read_text() == "adapter"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
     assert (out / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
+
+
+def adapted_demo(tmp_path: Path) -> tuple[Path, Path]:
+    """The demo, with a chat template and ends of its own, and an adapter of it."""
+    parent, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(DEMO, parent)
+    os.chmod(parent, 0o755)
+    (parent / "chat_template.jinja").write_text("base")
+    (parent / "generation_config.json").write_text('{"eos_token_id": 13}')
+    adapter.mkdir()
+    norm = mx.ones((load_model(DEMO, lazy=True).config.model_dim,))
+    name = "base_model.model.transformer.norm.weight"
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), {name: norm})
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(parent)}
+    (adapter / CONFIG).write_text(json.dumps(settings))
+    return parent, adapter
+
+
+ONLY: dict[str, tuple[dict[str, str], str | dict[str, str], set[int]]] = {
+    "nothing": ({}, "base", {2, 13}),
+    "chat_template.jinja": ({"chat_template.jinja": "adapter"}, "adapter", {2, 13}),
+    "a template in tokenizer_config.json": (
+        {"tokenizer_config.json": '{"chat_template": "adapter"}'},
+        "adapter",
+        {2, 13},
+    ),
+    "named templates": (
+        {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"},
+        {"default": "a", "rag": "b"},
+        {2, 13},
+    ),
+    "generation_config.json": ({"generation_config.json": '{"eos_token_id": [7]}'}, "base", {2, 7}),
+    "generation_config.json without ends": (
+        {"generation_config.json": '{"temperature": 1.0}'},
+        "base",
+        {2},
+    ),
+    "a tokenizer": (
+        {"tokenizer.model": "", "tokenizer_config.json": '{"eos_token": "<0x0B>"}'},
+        "base",
+        {13, 14},
+    ),
+    "a tokenizer with a template": (
+        {"tokenizer.model": "", "tokenizer_config.json": '{"chat_template": "adapter"}'},
+        "adapter",
+        {2, 13},
+    ),
+}
+
+
+@pytest.mark.parametrize("only", ONLY)
+def test_what_lies_beside_an_adapter_counts_alone(only: str, tmp_path: Path, run: Run) -> None:
+    files, template, ends = ONLY[only]
+    parent, adapter = adapted_demo(tmp_path)
+    for name, text in files.items():
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text(text)
+    if "tokenizer.model" in files:
+        shutil.copy(DEMO / "tokenizer.model", adapter)
+    loaded = load(parent, adapter_path=adapter)[1]
+    out = tmp_path / "out"
+    result = run(MODULE, adapter, "-o", out, "--dtype", "float16")
+    assert result.returncode == 0, result.stderr
+    for tokenizer in (loaded, load(out)[1]):
+        assert tokenizer.chat_template == template
+        assert tokenizer.eos_token_ids == ends
+    again = run(MODULE, adapter, "--tokenizer", DEMO, "-o", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    given = load(parent, adapter_path=adapter, tokenizer=DEMO)[1].chat_template
+    assert given == load(tmp_path / "again")[1].chat_template
+    assert (given == template) is (template != "base")
+
+
+def test_what_an_adapter_is_read_from_is_not_replaced(tmp_path: Path, run: Run) -> None:
+    parent, adapter = adapted_demo(tmp_path)
+    ours = tmp_path / "ours"
+    assert run(MODULE, parent, "-o", ours).returncode == 0
+    edit(adapter, base_model_name_or_path=str(ours))
+    before = {file.name: file.read_bytes() for file in ours.iterdir()}
+    result = run(MODULE, adapter, "-o", ours, "--force")
+    assert result.returncode == 2 and "what is being read" in result.stderr
+    assert {file.name: file.read_bytes() for file in ours.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [mx.int8, mx.int32, mx.bool_])
+@pytest.mark.parametrize("part", ["lora_A", "norm"])
+def test_integers(tmp_path: Path, base: Path, run: Run, dtype: mx.Dtype, part: str) -> None:
+    adapter = copied("peft_lora", tmp_path)
+    file = str(adapter / "adapter_model.safetensors")
+    arrays = mx.load(file)
+    assert isinstance(arrays, dict)
+    arrays["base_model.model.norm.weight"] = mx.ones((8,))
+    name = next(name for name in arrays if part in name)
+    mx.eval(arrays)
+    mx.save_safetensors(file, {**arrays, name: arrays[name].astype(dtype)})
+    with pytest.raises(InputError, match=r"weights have to be") as error:
+        load_model(base, adapter=adapter)
+    assert str(error.value).startswith(file) and name in str(error.value)
+    result = run(MODULE, adapter, "--base", base, "-o", tmp_path / "out")
+    assert result.returncode == 2 and "weights have to be" in result.stderr
+
+
+def test_a_saved_tensor_of_another_shape_is_the_adapters(tmp_path: Path) -> None:
+    parent, adapter = adapted_demo(tmp_path)
+    name = "base_model.model.transformer.norm.weight"
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), {name: mx.ones((3,))})
+    with pytest.raises(InputError, match=r"transformer.norm.weight has the shape \[3\]") as error:
+        load_model(parent, adapter=adapter)
+    assert str(error.value).startswith(str(adapter))
+
+
+@pytest.mark.parametrize("kind", ["updates", "tensors"])
+def test_not_a_number(tmp_path: Path, run: Run, kind: str) -> None:
+    parent, adapter = adapted_demo(tmp_path)
+    width = load_model(DEMO, lazy=True).config.model_dim
+    names = {"tensors": {"norm.weight": mx.full((width,), mx.nan)}}
+    rows = load_model(DEMO).parameters()["transformer.layers.0.ffn.proj_1.weight"].shape[0]
+    names["updates"] = {
+        "layers.0.ffn.proj_1.lora_A.weight": mx.full((2, width), mx.nan),
+        "layers.0.ffn.proj_1.lora_B.weight": mx.ones((rows, 2)),
+    }
+    found = {f"base_model.model.transformer.{name}": a for name, a in names[kind].items()}
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), found)
+    edit(adapter, r=2, lora_alpha=2)
+    model, tokenizer = load(parent, adapter_path=adapter)
+    with pytest.raises(OpenELMError, match="NaN or infinite|not finite"):
+        generate(model, tokenizer, "Hi", max_tokens=2)
+    result = run(MODULE, adapter, "-o", tmp_path / "out")
+    assert result.returncode == 2, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_matrix_keeps_its_dtype(tmp_path: Path) -> None:
+    _, adapter = adapted_demo(tmp_path)
+    config = load_model(DEMO, lazy=True).config
+    arrays = {n: a.astype(mx.bfloat16) for n, a in load_model(DEMO).parameters().items()}
+    half = tmp_path / "half"
+    half.mkdir()
+    save_model(half, config, arrays)
+    name = "transformer.layers.0.ffn.proj_1"
+    rows, columns = arrays[f"{name}.weight"].shape
+    parts = {"A": mx.random.normal((2, columns)), "B": mx.random.normal((rows, 2))}
+    found = {f"base_model.model.{name}.lora_{part}.weight": a for part, a in parts.items()}
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), found)
+    edit(adapter, r=2, lora_alpha=2)
+    adapted = apply_adapter(
+        open_adapter(adapter, {".safetensors": read_safetensors}), arrays, config, None
+    )[0]
+    assert {array.dtype for array in adapted.values()} == {mx.bfloat16}
+    converted = open_checkpoint(adapter, base=half).tensors[f"{name}.weight"].read()
+    assert mx.allclose(adapted[f"{name}.weight"], converted, rtol=0.01, atol=1e-4)
+
+
+def test_a_model_with_an_adapter_beside_it_is_the_model(tmp_path: Path) -> None:
+    parent, adapter = adapted_demo(tmp_path)
+    shutil.copy(adapter / "adapter_model.safetensors", parent)
+    shutil.copy(adapter / CONFIG, parent)
+    found = load(parent)[0].parameters()["transformer.norm.weight"]
+    assert mx.array_equal(found, load("demo")[0].parameters()["transformer.norm.weight"])
+    assert not open_checkpoint(parent).source.adapters
+    file = next(parent.glob("model*.safetensors"))
+    file.rename(parent / "model-00001-of-00002.safetensors")
+    for read in (load, open_checkpoint):
+        with pytest.raises(InputError, match="model-00002-of-00002"):
+            read(parent)
 
 
 def test_adapters_of_adapters(tmp_path: Path, base: Path) -> None:
