@@ -143,7 +143,9 @@ def held_bytes(one: Target, peer: str) -> int:
     if model.stored in DTYPES:
         return model.bytes
     packed = policy.native and model.stored in [f"{bits}bit" for bits in PACKED_BITS]
-    return model.bytes if packed or not policy.dequantize(one.config) else 4 * model.parameters
+    return (
+        model.bytes if packed or not policy.dequantize(model.parameters) else 4 * model.parameters
+    )
 
 
 def cache_directory() -> Path:

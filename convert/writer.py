@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from mlx_openelm.files import find_in
 from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 from mlx_openelm.safetensors import check_float
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.shapes import parameter_count, tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 from mlx_openelm.tokenizer_files import (
@@ -144,7 +143,7 @@ def convert(
         config,
         dtype,
         quantization,
-        parameters=sum(map(math.prod, tensor_shapes(config).values())),
+        parameters=parameter_count(config),
         bytes_before=sum(t.nbytes for t in tensors.values()),
         bytes_after=sum(spec.nbytes for spec in specs.values()),
         notes=[*notes, *more, *most],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, kv_scheme, store
+from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, View, kv_scheme, store, view
 from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
@@ -204,6 +204,11 @@ class KVCache:
         if self.offset < self.ring:
             return self.ring - self.offset
         return min(wanted, SLIDING_STEP, self.ring - _slot(self.offset, self.ring))
+
+    def view(self, length: int) -> View:
+        """What the next step sees, of `length` tokens for which room is reserved."""
+        max_size = None if self.max_size is None else mx.array(self.max_size)
+        return view(mx.array(self.offset), length, self.capacity, max_size, self.starts)
 
     def reserve(self, batch: int, length: int, padded: int | None = None) -> None:
         """Make room for a step of `length` tokens of `batch` sequences.

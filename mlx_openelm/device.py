@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from .backends import cpu
-from .config import OpenELMConfig
 from .errors import InputError
 from .memory import available_memory
-from .shapes import tensor_shapes
 
 VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
 COMPILE_AFTER = 2  # a length that has come twice will come again
@@ -46,10 +43,9 @@ class Policy:
         """Whether the device computes a step while the next one is built."""
         return not self.native
 
-    def dequantize(self, config: OpenELMConfig) -> bool:
-        """Whether quantized weights of this geometry are dequantized at load, into float32."""
-        values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
-        return 4 * values <= self.memory
+    def dequantize(self, parameters: int) -> bool:
+        """Whether so many quantized weights are dequantized at load, into float32."""
+        return 4 * parameters <= self.memory
 
     def __str__(self) -> str:
         parts = [

@@ -16,6 +16,7 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .errors import OpenELMError
 from .quantization import Quantization, Scheme
+from .shapes import parameter_count
 from .token_ids import check_tokens
 from .weights import dequantize, make_weights, named, random_arrays
 
@@ -59,7 +60,7 @@ class OpenELM:
             arrays = random_arrays(config)
         self._native = native = self.policy.native and dtype == mx.float32
         self.weights = make_weights(config, arrays, quantization, dtype, as_stored=native)
-        if quantization is not None and (native or self.policy.dequantize(config)):
+        if quantization is not None and (native or self.policy.dequantize(parameter_count(config))):
             multiplies = cpu.can_multiply if native else network.multiplies
             self.weights = dequantize(self.weights, dtype, multiplies)
         self.traces = 0  # steps that took longer because the policy compiles: once a shape, or so

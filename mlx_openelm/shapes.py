@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .config import OpenELMConfig
 
 
@@ -28,3 +30,8 @@ def tensor_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     if not config.share_input_output_layers:
         shapes["lm_head.weight"] = (config.vocab_size, dim)
     return shapes
+
+
+def parameter_count(config: OpenELMConfig) -> int:
+    """The number of weights of a network."""
+    return sum(map(math.prod, tensor_shapes(config).values()))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, cast
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ...buffers import view
-from ...cache import KVCache
-from ...config import OpenELMConfig
 from ...errors import InputError
-from ...quantization import Matrix
-from ...weights import Weights
 from . import library
 from .library import KINDS
+
+if TYPE_CHECKING:
+    from ...cache import KVCache
+    from ...config import OpenELMConfig
+    from ...quantization import Matrix
+    from ...weights import Weights
 
 PACKED_BITS = (4, 8)
 
@@ -113,7 +115,7 @@ class Network:
         if cache.starts is not None:
             arrays.append(starts := mx.contiguous(cache.starts))
         if cache.max_size is not None:
-            seen = view(mx.array(cache.offset), length, capacity, mx.array(cache.max_size))
+            seen = cache.view(length)
             arrays += [mask := mx.contiguous(seen.mask[0].astype(mx.uint8)), seen.slot]
         mx.eval(arrays)
         step.tokens, step.logits = _address(tokens), _address(logits)
