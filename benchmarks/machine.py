@@ -38,7 +38,7 @@ NOMINAL: dict[str, float | dict[int, float]] = {
     "Apple M4 Max": {32: 410, 40: 546},
     "Apple M5": 153,
     "Apple M5 Pro": 307,
-    "Apple M5 Max": {32: 460, 40: 614},
+    "Apple M5 Max": {40: 614},
 }
 PACKAGES = ("mlx-openelm", "mlx", "numpy", "mlx-lm", "xllamacpp", "torch")
 _SYSCTL = ("machdep.cpu.brand_string", "hw.physicalcpu", "hw.memsize", "kern.osproductversion")
