@@ -17,7 +17,7 @@ from .forward import Stage, stages
 from .sources import LazyTensor
 
 TOKENS = 32
-# Largest relative difference that rounding weights to a format may make (docs/architecture.md
+# Largest relative difference that rounding weights to a format may make (docs/decisions.md
 # says what was measured), by dtype, and by the fewest bits of a quantized matrix
 DTYPE_BOUNDS = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}
 BITS_BOUNDS = {8: 0.15, 6: 0.3, 5: 0.5, 4: 0.8, 3: 1.2, 2: 1.5}

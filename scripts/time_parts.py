@@ -19,15 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mlx_openelm.backends import cpu
 from mlx_openelm.backends.cpu import library
 from mlx_openelm.quantization import Matrix, Scheme, quantize
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BEYOND_CACHES = 128 << 20  # bytes of weights that are gone through, so that none is in a cache
 
@@ -59,6 +62,9 @@ def tell(what: str, found: dict[str, list[float]], unit: float, digits: int = 0)
 def products(threads: int) -> None:
     """µs of `x @ w.T` by the C library, w 3072 x 1280, and by NumPy's BLAS in float32."""
     library.load().openelm_set_threads(threads)
+    os.environ["OPENBLAS_NUM_THREADS"] = str(threads)  # read when NumPy is imported
+    import numpy as np
+
     scheme = Scheme(64, 4)
     print(f"µs, {threads} threads: median (minimum)")
     for rows in (1, 2, 4, 8, 16, 32, 64, 512):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,25 @@ def test_the_kernel_is_in_a_source_distribution(tmp_path: Path) -> None:
         str(path.relative_to(ROOT)) for path in (ROOT / "mlx_openelm/backends/cpu/src").iterdir()
     }
     assert {"setup.py", "scripts/supported.py", *sources} <= set(listed.read_text().split())
+
+
+def test_the_map_has_every_file_and_no_other() -> None:
+    """Of docs/architecture.md: it names a file, or one of the folders that hold it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", text))
+    tops = [ROOT / name for name in ("mlx_openelm", "convert", "benchmarks")]
+    files = {
+        file.relative_to(top)
+        for top in tops
+        for file in top.glob("**/*.py")
+        if file.resolve() == file and file.name not in ("__init__.py", "__main__.py")
+    }
+    unnamed = {
+        str(file)
+        for file in files
+        if str(file) not in named and named.isdisjoint(f"{folder}/" for folder in file.parents)
+    }
+    assert not unnamed
+    places = [ROOT, ROOT / "mlx_openelm" / "backends" / "cpu", *tops]
+    planned = {"backends/metal/"}
+    assert {n for n in named if not any((place / n).exists() for place in places)} == planned

@@ -69,6 +69,20 @@ def test_a_peer_that_fails_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPat
     assert found.note == "mlx-lm is not installed"
 
 
+def test_dispatches_are_counted_where_a_step_has_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+    monkeypatch.setattr(speed, "TINY", "demo:float32")
+    found = speed.dispatches("x", 1)
+    assert found.ratio is not None
+    assert found.ratio.value > 1
+
+
+def test_a_row_with_openblas_is_not_measured_without_it() -> None:
+    figure = Figure("x", "mlx-lm", 1, "demo", speed.decode, 8, 4, environment={"LD_PRELOAD": ""})
+    [found] = speed.measure(figure, 1)
+    assert found.verdict == "not measured"
+
+
 def test_bad_input(run: Run) -> None:
     result = run(MODULE, "speed", "--only", "teleportation")
     assert result.returncode == 2
