@@ -1,4 +1,4 @@
-"""What the machine can do, measured through MLX: memory bandwidth, and operations a second.
+"""What the machine can do: memory bandwidth through MLX, and operations a second.
 
 Speeds of one machine drift by half within a run, so a short calibration is taken again before
 every turn of the trials: it says whether a difference between two runs is one of the code.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import mlx.core as mx
+
+from mlx_openelm import device
+from mlx_openelm.backends import cpu
+from mlx_openelm.quantization import Matrix, Scheme
 
 from .results import Calibration
 
@@ -52,8 +56,9 @@ def bandwidth(seconds: float) -> float:
 def matmul(dtype: str, seconds: float) -> float:
     """Operations a second of [rows, WIDTH] @ [WIDTH, WIDTH], counting 2 for multiply and add.
 
-    "4bit" is MLX's affine quantized matmul, with the activations that this device computes in.
-    With as many rows as fit into the time.
+    By what this project multiplies with: MLX, or on a CPU the C library, which computes in float32
+    whatever the storage. "4bit" is affine with groups of 64. With as many rows as fit into the
+    time.
     """
     multiply, rows = _multiplication(dtype), 8
     while rows < MOST_ROWS and _least(multiply(rows), 0) < seconds / 8:
@@ -74,23 +79,22 @@ def _parts() -> tuple[list[mx.array], list[mx.Stream]]:
 
 @cache
 def _multiplication(dtype: str) -> Callable[[int], Callable[[], None]]:
+    native = device.policy().native
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     activations = (mx.float32 if on_cpu else mx.float16) if dtype == "4bit" else getattr(mx, dtype)
     weight = mx.random.normal((WIDTH, WIDTH), key=mx.random.key(0)).astype(activations)
-    parts: Sequence[mx.array] = (
-        mx.quantize(weight, group_size=64, bits=4) if dtype == "4bit" else [weight]
-    )
-    mx.eval(parts)
+    matrix = Matrix(weight)
+    if dtype == "4bit":
+        packed, scales, biases = mx.quantize(weight, group_size=64, bits=4)
+        matrix = Matrix(packed, scales, biases, Scheme(64, 4))
+    mx.eval(matrix.weight)
 
     def rows(count: int) -> Callable[[], None]:
-        x = mx.ones((count, WIDTH), activations)
+        x = mx.ones((count, WIDTH), mx.float32 if native else activations)
         mx.eval(x)
-        if dtype != "4bit":
-            return lambda: mx.eval(x @ weight.T)
-        packed, scales, biases = parts
-        return lambda: mx.eval(
-            mx.quantized_matmul(x, packed, scales, biases, group_size=64, bits=4)
-        )
+        if native:
+            return lambda: mx.eval(cpu.multiply(x, matrix))
+        return lambda: mx.eval(matrix(x))
 
     return rows
 

@@ -27,8 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["MLX_OPENELM_BLAS"] = "0"  # MLX comes first here, and its own will do
-
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

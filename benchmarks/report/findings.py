@@ -233,12 +233,15 @@ def _agrees(found: Ratio, ours: Row, theirs: Row) -> bool:
 
 
 def graph_sentence(group: Iterable[Row]) -> str:
-    """What a decoded token costs beside arithmetic, by runtime; empty where nobody counted."""
+    """What a decoded token costs beside arithmetic, by runtime; empty where nobody counted.
+
+    A step of the C library for CPUs has no graph.
+    """
     costs = {r.runtime: r.measurement.graph for r in group if r.measurement.graph}
     said = [
         f"{name} {graph.primitives:,} primitives, {number(1e6 * graph.host_seconds)} µs"
         for name, graph in costs.items()
-        if graph
+        if graph.primitives
     ]
     return f"Graph of a decoded token and time to build it: {'; '.join(said)}." if said else ""
 
