@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mlx_openelm import device
 from mlx_openelm.command import path
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.files import make_directory, read_json
@@ -424,7 +425,8 @@ def primitives(name: str, trials: int) -> Outcome:
         counts.append(max(worker.graph()["primitives"], 1))
         worker.close()
     pair = (1 / counts[0], 1 / counts[1])
-    note = f"{counts[0]:,} against {counts[1]:,}"
+    ours = "a call of the C library" if device.policy().native else f"{counts[0]:,}"
+    note = f"{ours} against {counts[1]:,}"
     return _outcome(Figure(name, "mlx-lm", 3, *_REST), [pair], note)
 
 

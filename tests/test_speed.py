@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_openelm.benchmarks import speed
+from mlx_openelm.benchmarks.peers import OURS
 from mlx_openelm.benchmarks.speed import FIGURES, Figure, Outcome
 from mlx_openelm.benchmarks.statistics import ratio
 from mlx_openelm.errors import InputError
@@ -48,6 +49,22 @@ def test_a_figure_is_measured_in_turns() -> None:
     assert len(found.trials) == 2
     assert found.ratio is not None
     assert "acceptance" in found.note
+
+
+def test_a_step_of_the_c_library_counts_as_one_primitive(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted:
+        def __init__(self, peer: str, directory: Path) -> None:
+            self.nodes = 0 if peer == OURS else 4021
+
+        def graph(self) -> dict[str, int]:
+            return {"primitives": self.nodes}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(speed, "Worker", Counted)
+    monkeypatch.setattr(speed, "model_directory", Path)
+    assert speed.primitives("graph", 3).pairs == [(1.0, 1 / 4021)]
 
 
 def test_the_slowest_passage_is_not_measured_by_the_trials_that_chose_it() -> None:
