@@ -64,7 +64,7 @@ def test_a_step_of_the_c_library_counts_as_one_primitive(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(speed, "Worker", Counted)
     monkeypatch.setattr(speed, "model_directory", Path)
-    assert speed.primitives("graph", 3).pairs == [(1.0, 1 / 4021)]
+    assert speed.primitives("graph", 3).trials == [(1.0, 1 / 4021)]
 
 
 def test_the_slowest_passage_is_not_measured_by_the_trials_that_chose_it() -> None:
