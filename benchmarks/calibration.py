@@ -1,4 +1,7 @@
-"""What the machine can do: memory bandwidth through MLX, and operations a second.
+"""What the machine can do: memory bandwidth, and operations a second.
+
+Products are MLX's, or those of the C library where that computes the network: on a Linux CPU MLX's
+wheel has a reference BLAS, which is far below what the machine can do.
 
 Speeds of one machine drift by half within a run, so a short calibration is taken again before
 every turn of the trials: it says whether a difference between two runs is one of the code.
@@ -15,7 +18,7 @@ import mlx.core as mx
 
 from mlx_openelm import device
 from mlx_openelm.backends import cpu
-from mlx_openelm.quantization import Matrix, Scheme
+from mlx_openelm.quantization import Matrix, Scheme, quantize
 
 from .results import Calibration
 
@@ -56,9 +59,8 @@ def bandwidth(seconds: float) -> float:
 def matmul(dtype: str, seconds: float) -> float:
     """Operations a second of [rows, WIDTH] @ [WIDTH, WIDTH], counting 2 for multiply and add.
 
-    By what this project multiplies with: MLX, or on a CPU the C library, which computes in float32
-    whatever the storage. "4bit" is affine with groups of 64. With as many rows as fit into the
-    time.
+    "4bit" is affine quantized, with the activations that this device computes in. There are as many
+    rows as fit into the time.
     """
     multiply, rows = _multiplication(dtype), 8
     while rows < MOST_ROWS and _least(multiply(rows), 0) < seconds / 8:
@@ -79,18 +81,15 @@ def _parts() -> tuple[list[mx.array], list[mx.Stream]]:
 
 @cache
 def _multiplication(dtype: str) -> Callable[[int], Callable[[], None]]:
-    native = device.policy().native
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     activations = (mx.float32 if on_cpu else mx.float16) if dtype == "4bit" else getattr(mx, dtype)
     weight = mx.random.normal((WIDTH, WIDTH), key=mx.random.key(0)).astype(activations)
-    matrix = Matrix(weight)
-    if dtype == "4bit":
-        packed, scales, biases = mx.quantize(weight, group_size=64, bits=4)
-        matrix = Matrix(packed, scales, biases, Scheme(64, 4))
-    mx.eval(matrix.weight)
+    matrix = quantize(weight, Scheme(64, 4)) if dtype == "4bit" else Matrix(weight)
+    mx.eval(list(matrix.arrays()))
+    native = device.policy().native
 
     def rows(count: int) -> Callable[[], None]:
-        x = mx.ones((count, WIDTH), mx.float32 if native else activations)
+        x = mx.ones((count, WIDTH), activations)
         mx.eval(x)
         if native:
             return lambda: mx.eval(cpu.multiply(x, matrix))

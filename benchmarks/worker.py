@@ -55,7 +55,8 @@ def main(peer: str, directory: Path) -> None:
 
 def _answer(runtime: Runtime, asked: dict[str, object]) -> dict[str, object]:
     if asked.get("graph"):
-        return asdict(graph(runtime.step)) if runtime.step else {}
+        found = graph(runtime.step) if runtime.step else None
+        return asdict(found) if found and found.primitives else {}  # none: the step isn't lazy
     mx.reset_peak_memory()
     measured = asdict(runtime.run(Workload(**asked)))  # type: ignore[arg-type]
     held = mx.get_peak_memory() if runtime.step else None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_openelm.benchmarks import report
 from mlx_openelm.benchmarks.report.charts import figures, runs
-from mlx_openelm.benchmarks.report.findings import cells, graph_sentence, headlines, rows
+from mlx_openelm.benchmarks.report.findings import cells, headlines, rows
 from mlx_openelm.benchmarks.report.html import page
 from mlx_openelm.benchmarks.report.palette import LOOKS, slots
 from mlx_openelm.benchmarks.report.svg import scale, tick, ticks
@@ -29,7 +29,7 @@ from mlx_openelm.benchmarks.report.wording import (
     times,
     work_label,
 )
-from mlx_openelm.benchmarks.results import Graph, Machine, Measurement, Model, Results, Work, write
+from mlx_openelm.benchmarks.results import Machine, Measurement, Model, Results, Work, write
 from mlx_openelm.benchmarks.statistics import Ratio
 
 from . import browser, measured
@@ -481,11 +481,3 @@ def test_a_folder_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     done = run(MODULE, "report", tmp_path / "a.json", "-o", tmp_path / "a.json" / "out")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-
-
-def test_a_step_without_a_graph_has_no_primitives_to_report() -> None:
-    """The C library computes a step on a CPU: "0 primitives, 811 µs" was said of it."""
-    [row, *_] = (row for row in rows(everything()) if row.measurement.graph)
-    assert "1,362 primitives" in graph_sentence([row])
-    without = replace(row, measurement=replace(row.measurement, graph=Graph(0, 1e-3)))
-    assert graph_sentence([without]) == ""

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mlx_openelm.benchmarks import speed
-from mlx_openelm.benchmarks.peers import OURS
 from mlx_openelm.benchmarks.speed import FIGURES, Figure, Outcome
 from mlx_openelm.benchmarks.statistics import ratio
 from mlx_openelm.errors import InputError
@@ -51,22 +50,6 @@ def test_a_figure_is_measured_in_turns() -> None:
     assert "acceptance" in found.note
 
 
-def test_a_step_of_the_c_library_counts_as_one_primitive(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counted:
-        def __init__(self, peer: str, directory: Path) -> None:
-            self.nodes = 0 if peer == OURS else 4021
-
-        def graph(self) -> dict[str, int]:
-            return {"primitives": self.nodes}
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(speed, "Worker", Counted)
-    monkeypatch.setattr(speed, "model_directory", Path)
-    assert speed.primitives("graph", 3).trials == [(1.0, 1 / 4021)]
-
-
 def test_the_slowest_passage_is_not_measured_by_the_trials_that_chose_it() -> None:
     steady = [(1.0, 1.0)] * 6
     unlucky = [(0.5, 1.0), (1.1, 1.0)] * 3
@@ -84,6 +67,20 @@ def test_a_peer_that_fails_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPat
     [found] = speed.measure(FIGURES[0], 1)
     assert found.verdict == "not measured"
     assert found.note == "mlx-lm is not installed"
+
+
+def test_dispatches_are_counted_where_a_step_has_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+    monkeypatch.setattr(speed, "TINY", "demo:float32")
+    found = speed.dispatches("x", 1)
+    assert found.ratio is not None
+    assert found.ratio.value > 1
+
+
+def test_a_row_with_openblas_is_not_measured_without_it() -> None:
+    figure = Figure("x", "mlx-lm", 1, "demo", speed.decode, 8, 4, environment={"LD_PRELOAD": ""})
+    [found] = speed.measure(figure, 1)
+    assert found.verdict == "not measured"
 
 
 def test_bad_input(run: Run) -> None:

@@ -233,15 +233,12 @@ def _agrees(found: Ratio, ours: Row, theirs: Row) -> bool:
 
 
 def graph_sentence(group: Iterable[Row]) -> str:
-    """What a decoded token costs beside arithmetic, by runtime; empty where nobody counted.
-
-    A step of the C library for CPUs has no graph.
-    """
+    """What a decoded token costs beside arithmetic, by runtime; empty where nobody counted."""
     costs = {r.runtime: r.measurement.graph for r in group if r.measurement.graph}
     said = [
         f"{name} {graph.primitives:,} primitives, {number(1e6 * graph.host_seconds)} µs"
         for name, graph in costs.items()
-        if graph.primitives
+        if graph
     ]
     return f"Graph of a decoded token and time to build it: {'; '.join(said)}." if said else ""
 
