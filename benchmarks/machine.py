@@ -88,7 +88,7 @@ def blas_name() -> str:
     """What multiplies matrices on the CPU."""
     if _on_mac():
         return "Accelerate"
-    return "MLX's own (reference)" if cpu.missing() else "own products"
+    return "MLX's own (reference)" if cpu.missing() else "C library of mlx-openelm"
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         type=_numbers,
         default=defaults.prompt_tokens,
         metavar="N,…",
-        help="lengths of the prompts (default: %(default)s)",
+        help=f"lengths of the prompts (default: {','.join(map(str, defaults.prompt_tokens))})",
     )
     p.add_argument(
         "--gen-tokens", type=int, default=defaults.gen_tokens, metavar="N", help="default: 128"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from shutil import get_terminal_size
 from textwrap import fill
@@ -12,6 +13,7 @@ from typing import Any
 
 from mlx_openelm import __version__
 from mlx_openelm.command import Parser, add_debug, interruptible, run
+from mlx_openelm.errors import InputError
 
 PROGRAM = "openelm-convert"
 # Commands beside converting itself, each a module of `commands`
@@ -33,11 +35,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(arguments: list[str]) -> int | None:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if name is None and len(arguments) > 1:
+        _check_spelling(arguments[0])
     module = import_module(f".commands.{name or 'convert'}", __package__)
     args = parser(name, module).parse_args(arguments[bool(name) :])
     with interruptible():
         status: int | None = module.command(args)
     return status
+
+
+def _check_spelling(word: str) -> None:
+    """Refuse what is nearly the name of a command and no file, instead of converting it."""
+    meant = get_close_matches(word, COMMANDS, n=1, cutoff=0.75)
+    if meant and not os.path.lexists(word):
+        raise InputError(f"{word}: no such command or file; did you mean {PROGRAM} {meant[0]}?")
 
 
 def parser(name: str | None, command: Any) -> argparse.ArgumentParser:

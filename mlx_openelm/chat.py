@@ -282,12 +282,8 @@ _deadline: ContextVar[float] = ContextVar("deadline")
 
 
 def _render_jinja(template: str, **values: Any) -> str:
-    try:
-        from jinja2 import TemplateError
-    except ImportError:
-        raise InputError(
-            "the model's chat template is not OpenELM's own, and needs jinja2: pip install jinja2"
-        ) from None
+    from jinja2 import TemplateError
+
     token = _deadline.set(time.monotonic() + MAX_SECONDS)
     try:
         parts, size = [], 0

@@ -116,6 +116,8 @@ def _failed(cause: BaseException, uploading: bool) -> str | None:
             "set HF_HOME to a directory that can be written and has room"
         )
     if type(cause).__name__ == "OfflineModeIsEnabled":
+        if uploading:
+            return "HF_HUB_OFFLINE is set; unset it"
         return (
             "it isn't in the cache, and HF_HUB_OFFLINE keeps this machine from asking the Hugging "
             "Face hub; unset it, or give the path of a directory"

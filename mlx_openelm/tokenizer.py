@@ -248,8 +248,8 @@ class Tokenizer:
             variables: what else the template sees, such as `enable_thinking`.
 
         Raises:
-            InputError: when there is no template, a message can't be used, or the template fails,
-                exceeds its limits, or needs jinja2 and that isn't installed.
+            InputError: when there is no template, a message can't be used, or the template fails
+                or exceeds its limits.
         """
         for name in _NOT_FOR_IDS:
             if variables.pop(name, None):

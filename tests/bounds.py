@@ -52,6 +52,18 @@ def rms(values: np.ndarray) -> float:
     return math.sqrt(np.square(values).mean())
 
 
+def assert_alike(a: np.ndarray, b: np.ndarray, size: float, dtype: mx.Dtype, layers: int) -> None:
+    """Two ways to compute the same, in `dtype`, of values whose root mean square is `size`.
+
+    Each may be off by the bound, and a logarithm of a probability by that of its logit and of the
+    logits' logarithm of sums.
+    """
+    if dtype == mx.float32:
+        assert np.abs(a - b).max() < 4 * FLOAT32
+    else:
+        assert rms(a - b) < 4 * relative(dtype, layers) * size
+
+
 def assert_near(logits: mx.array, wanted: np.ndarray, layers: int) -> None:
     """`logits` are `wanted` within the bound of the dtype that they were computed in."""
     difference = numbers(logits) - wanted

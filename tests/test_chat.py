@@ -15,8 +15,6 @@ from mlx_openelm.hub import DEMO
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 from mlx_openelm.tokenizer_files import carry_tokenizer, write_tokenizer_files
 
-pytest.importorskip("jinja2")
-
 # In the manner of the families that they are named after
 TEMPLATES = {
     "openelm": CHAT_TEMPLATE,

@@ -372,6 +372,15 @@ def test_a_link_out_of_the_directory_is_not_uploaded(
     assert Hub.uploaded == {}
 
 
+def test_uploading_offline(run: Run, hub: dict[str, str]) -> None:
+    result = run(
+        "mlx_openelm.convert", "upload", DEMO, "someone/new", **{**hub, "HF_HUB_OFFLINE": "1"}
+    )
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line == "error: someone/new: uploading failed: HF_HUB_OFFLINE is set; unset it"
+
+
 def test_uploading_without_a_network(run: Run, hub: dict[str, str]) -> None:
     away = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_may_write"}
     result = run("mlx_openelm.convert", "upload", DEMO, "someone/new", **away)

@@ -437,7 +437,6 @@ def foreign(tiny: Path, directory: Path, template: str) -> Tokenizer:
 
 
 def test_another_template_is_rendered_by_jinja(tiny: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
     template = (
         "{% for m in messages %}\n[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}\n"
     )
@@ -457,20 +456,16 @@ def test_another_template_is_rendered_by_jinja(tiny: Path, tmp_path: Path) -> No
     ],
 )
 def test_a_template_that_fails(tiny: Path, tmp_path: Path, template: str, reason: str) -> None:
-    pytest.importorskip("jinja2")
     tokenizer = foreign(tiny, tmp_path, template)
     with pytest.raises(InputError, match=reason):
         tokenizer.apply_chat_template(MESSAGES)
 
 
-def test_only_another_template_needs_jinja(
+def test_openelms_own_template_needs_no_jinja(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    tokenizer = foreign(tiny, tmp_path, CHAT_TEMPLATE)
-    assert tokenizer.apply_chat_template(MESSAGES)[0] == 1
-    with pytest.raises(InputError, match="pip install jinja2"):
-        foreign(tiny, tmp_path, "{{ messages[0].content }}").apply_chat_template(MESSAGES)
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # it is imported only when needed
+    assert foreign(tiny, tmp_path, CHAT_TEMPLATE).apply_chat_template(MESSAGES)[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,19 @@ def test_inspect_says_what_it_is_and_what_would_become_of_it(run: Run) -> None:
     assert found["query_heads"] == list(model.config.num_query_heads)
 
 
+def test_inspect_says_that_quantized_weights_are_dequantized(run: Run, tmp_path: Path) -> None:
+    assert run(MODULE, DEMO, "-q", "-o", tmp_path / "q").returncode == 0
+    text = run(MODULE, "inspect", tmp_path / "q").stdout
+    assert "  dequantized   float16 (66 tensors), 7.5 MB" in text
+    assert "stored as" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", FIXTURES / "layouts.pt"], "unknown tensors"),
         (["inspect", "./nothing"], "no such file or directory"),
+        (["inspct", DEMO], "inspct: no such command or file; did you mean openelm-convert inspect"),
         (["verify", "./nothing", "--against", DEMO], "no such file or directory"),
         (["verify", DEMO, "--against", DEMO, "--tokens", "0"], "--tokens must be at least 1"),
     ],

@@ -7,8 +7,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.errors import OpenELMError
-
 from ..results import Results
 from .charts import Bars, Chart, Figure, figures, runs
 from .findings import (
@@ -35,24 +33,16 @@ from .wording import (
     work_label,
 )
 
-INSTALL = "pip install jinja2 matplotlib"
-
 
 def write_html(results: Sequence[Results], file: Path) -> None:
-    """Write the report of one run or several.
-
-    Raises:
-        OpenELMError: when Jinja2 isn't installed.
-    """
+    """Write the report of one run or several."""
     file.write_text(page(results), encoding="utf-8")
 
 
 def page(results: Sequence[Results]) -> str:
     """The report's text."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise OpenELMError(f"the HTML report needs Jinja2: {INSTALL}") from None
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,

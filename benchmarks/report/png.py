@@ -11,7 +11,6 @@ from mlx_openelm.errors import OpenELMError
 
 from ..results import Results
 from .charts import Bars, Figure, Plane, figures, runs
-from .html import INSTALL
 from .palette import LOOKS, slots
 from .svg import tick, ticks
 from .wording import machine_label, short
@@ -46,7 +45,7 @@ def write_pngs(results: Sequence[Results], folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        raise OpenELMError(f"PNGs need matplotlib: {INSTALL}") from None
+        raise OpenELMError("PNGs need matplotlib: pip install matplotlib") from None
     written = []
     with matplotlib.rc_context(STYLE):
         for i, run in enumerate(results, 1):

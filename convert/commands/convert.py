@@ -41,7 +41,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_REPO",
         help="SentencePiece tokenizer.model to put into the directory",
     )
-    p.add_argument("--chat", action="store_true", help="an Instruct model, though its name isn't")
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="an Instruct model, with OpenELM's chat template (default: if SOURCE's name says so)",
+    )
     p.add_argument("--force", action="store_true", help="replace an earlier output")
     p.add_argument("--verify", action="store_true", help="compare the result with the source")
 

@@ -56,6 +56,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     kept = dtypes.keys() == {"float16"}
     return {
         "kind": source.kind,
+        "quantized": source.quantization is not None,
         "model": published_name(config),
         "layers": config.num_transformer_layers,
         "width": config.model_dim,
@@ -90,7 +91,9 @@ def as_text(name: str, found: dict[str, Any]) -> str:
         "vocabulary": f"{found['vocabulary']:,} rows",
         "context": f"{found['context']:,} tokens",
         "parameters": f"{found['parameters']:,}",
-        "stored as": f"{dtypes}, {found['bytes'] / 1e6:,.1f} MB",
+        "dequantized"
+        if found["quantized"]
+        else "stored as": f"{dtypes}, {found['bytes'] / 1e6:,.1f} MB",
         "tokenizer": found["tokenizer"] or "none (--tokenizer PATH_OR_REPO gives one)",
         "would become": f"{would_be['dtype']}, {would_be['bytes'] / 1e6:,.1f} MB",
     }

@@ -88,36 +88,37 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="end before TEXT (repeatable)",
     )
-    drafts = p.add_argument_group("drafts: the same text, sooner")
+    drafts = p.add_argument_group("speculative decoding: the same text in less time")
     drafts.add_argument(
         "--draft-model",
         metavar="DIR_OR_REPO",
-        help="a smaller model with the same tokenizer, for several tokens a step",
+        help="a smaller model with the same tokenizer proposes tokens",
     )
     drafts.add_argument(
         "--prompt-lookup",
         action="store_true",
-        help="copy from what was said before, where the text repeats it",
+        help="propose tokens by copying from the text so far",
     )
     drafts.add_argument(
         "--num-draft-tokens",
         type=int,
         default=16,
         metavar="N",
-        help="at most N at once (default: 16; how many pay is measured)",
+        help="propose at most N at once (default: 16; fewer where that is faster)",
     )
     more = p.add_argument_group("more")
     more.add_argument(
-        "--max-kv-size", type=int, metavar="N", help="remember N tokens: the context slides"
+        "--max-kv-size",
+        type=int,
+        metavar="N",
+        help="keep at most N tokens in the cache (sliding window)",
     )
-    more.add_argument(
-        "--kv-bits", type=int, metavar="N", help="remember in 8 or 4 bits: a smaller cache"
-    )
+    more.add_argument("--kv-bits", type=int, metavar="N", help="quantize the cache to 8 or 4 bits")
     more.add_argument(
         "--prompt-cache-file",
         type=path,
         metavar="FILE",
-        help="what the text has in common with the last one kept here isn't computed again",
+        help="keep the cache in FILE, for the next prompt that begins with the same tokens",
     )
     more.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="for a model without one")
     more.add_argument(
@@ -154,8 +155,9 @@ def command(args: argparse.Namespace) -> int:
     }
     if args.model is None and not args.quiet:
         tell(
-            "no --model: this is the bundled demo, a small teller of tales (for a published "
-            "model: --model apple/OpenELM-270M-Instruct --tokenizer meta-llama/Llama-2-7b-hf)"
+            "no --model: using the bundled demo, a small model trained on fairy tales (for a "
+            "published one: --model apple/OpenELM-270M-Instruct --tokenizer "
+            "meta-llama/Llama-2-7b-hf)"
         )
     start = time.perf_counter()
     seconds: dict[str, float] = {}

@@ -36,6 +36,8 @@ def resolving() -> dict[str, subprocess.Popen[str]]:
     command += ["--only-binary", ":all:", "--python-platform", "aarch64-apple-darwin"]
     command += [word for extra in EXTRAS for word in ("--extra", extra)]
     environment = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": OLDEST_MACOS}
+    # The system's certificates, as pip takes them: an older and a newer name of uv's for that
+    environment |= {"UV_NATIVE_TLS": "1", "UV_SYSTEM_CERTS": "1"}
     return {
         python: subprocess.Popen(
             [*command, "--python-version", python, "pyproject.toml"],
