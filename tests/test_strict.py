@@ -49,7 +49,7 @@ def test_adapters_merge_into_float64_on_the_cpu(monkeypatch: pytest.MonkeyPatch)
     base = tensor("proj_1.weight", mx.array([[1.0, 2.0]], mx.float64), "float64")
     a, b = tensor("A", mx.ones((1, 2)), "float32"), tensor("B", mx.ones((1, 1)), "float32")
     monkeypatch.setattr(mx.array, "astype", strict._checked(mx.array.astype, strict.astype))
-    rows = adapters._add(base, Update(b, a, 0.5)).rows(0, 1)
+    rows = adapters._add(base, Update(b, a, False, 0.5)).rows(0, 1)
     assert rows.dtype == mx.float64
     assert rows.tolist() == [[1.5, 2.5]]
 
