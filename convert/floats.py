@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_openelm.config import OpenELMConfig, token_ids
 from mlx_openelm.errors import InputError
+from mlx_openelm.safetensors import dtype_name
 
 from .forward import stages
 from .sources import LazyTensor
@@ -54,11 +55,6 @@ def cast(array: mx.array, dtype: mx.Dtype, name: str, allow_nonfinite: bool = Fa
             "--dtype bfloat16"
         )
     return result
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Such as "bfloat16"."""
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def choose_dtype(

@@ -21,7 +21,7 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in
 from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.quantization import Quantization, Scheme, quantize
-from mlx_openelm.safetensors import check_float
+from mlx_openelm.safetensors import check_float, dtype_name
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ from mlx_openelm.tokenizer_files import (
 
 from .atomic import new_directory
 from .behind import behind
-from .floats import cast, choose_dtype, dtype_name
+from .floats import cast, choose_dtype
 from .outputs import RECORD
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor

@@ -17,14 +17,14 @@ from .cache import KVCache
 from .config import OpenELMConfig
 from .errors import InputError
 from .files import open_file, parse_json, sync, user_path
+from .safetensors import dtype_code
 from .shards import raw
 
 FORMAT = "mlx-openelm prompt cache 2"
 MAX_HEADER = 16 << 20
 """Bytes. A header says the name and shape of some arrays a layer, and the tokens."""
 
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
-_FLOATS = {name: dtype for dtype, name in _NAMES.items() if dtype != mx.uint32}
+_FLOATS = {dtype_code(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
 
 
 class Saved(NamedTuple):
@@ -72,7 +72,7 @@ def write_cache(
         "format": FORMAT,
         "model": fingerprint,
         "config": json.dumps(cache.config.to_dict()),
-        "dtype": _NAMES[cache.dtype],
+        "dtype": dtype_code(cache.dtype),
         "kv": json.dumps([cache.scheme.bits, cache.scheme.group_size] if cache.scheme else None),
         "length": str(length),
         "tokens": json.dumps(None if tokens is None else tokens[:length]),
@@ -82,7 +82,7 @@ def write_cache(
     end = 0
     for name, (shape, dtype) in cache.layout(length).items():
         start, end = end, end + len(arrays[name])
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": dtype_code(dtype), "shape": shape, "data_offsets": [start, end]}
     values["sha256"] = _digest(values, entries, arrays)
     header = json.dumps({"__metadata__": values, **entries}).encode()
     header += b" " * (-len(header) % 8)
@@ -133,7 +133,7 @@ def _read(file: Path, opened: BinaryIO) -> Saved:
     for name, (shape, dtype) in cache.layout(positions).items():
         start, end = end, end + math.prod(shape) * dtype.size
         expected[name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": dtype_code(dtype),
             "shape": list(shape),
             "data_offsets": [start, end],
         }

@@ -12,6 +12,7 @@ from .backends import cpu
 from .config import OpenELMConfig
 from .errors import InputError
 from .memory import available_memory
+from .safetensors import dtype_name
 from .shapes import tensor_shapes
 
 VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
@@ -54,7 +55,7 @@ class Policy:
     def __str__(self) -> str:
         parts = [
             self.name,
-            f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
+            f"computing in {dtype_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
             "own C library" if self.native else "MLX's kernels",
             "compiled" if self.compiled else "not compiled",
         ]
@@ -102,7 +103,3 @@ def _cpu() -> str:
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """What to compute in, for weights stored in `stored`."""
     return policy().dtype or stored
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -49,7 +49,18 @@ DTYPES: dict[str, tuple[str, int]] = {
     "F4": ("float4_e2m1fn", 4),
 }
 BITS = dict(DTYPES.values())
+_CODES = {name: code for code, (name, _) in DTYPES.items()}
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights may have
+
+
+def dtype_name(dtype: mx.Dtype | mx.DtypeCategory) -> str:
+    """The name of an MLX dtype, such as "bfloat16"; PyTorch's, for those that it has too."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def dtype_code(dtype: mx.Dtype) -> str:
+    """The name that safetensors has for an MLX dtype, such as "BF16"."""
+    return _CODES[dtype_name(dtype)]
 
 
 class Stored(Protocol):

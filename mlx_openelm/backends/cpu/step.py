@@ -12,6 +12,7 @@ from ...cache import KVCache
 from ...config import OpenELMConfig
 from ...errors import InputError
 from ...quantization import Matrix
+from ...safetensors import dtype_name
 from ...weights import Weights
 from . import library
 from .library import KINDS
@@ -23,7 +24,7 @@ def can_multiply(matrix: Matrix) -> bool:
     """Whether the library multiplies a matrix as it is stored."""
     scheme = matrix.scheme
     if scheme is None:
-        return _dtype(matrix.weight) in KINDS
+        return dtype_name(matrix.weight.dtype) in KINDS
     words = matrix.weight.shape[1]  # eight are taken at once
     return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
@@ -148,7 +149,7 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
     scheme = matrix.scheme
     rows, columns = matrix.weight.shape
     if scheme is None:
-        kind = KINDS[_dtype(matrix.weight)]
+        kind = KINDS[dtype_name(matrix.weight.dtype)]
         return library.Matrix(weight=keep(matrix.weight), kind=kind, rows=rows, columns=columns)
     assert matrix.scales is not None and matrix.biases is not None
     return library.Matrix(
@@ -178,7 +179,3 @@ def _caches(cache: KVCache) -> ctypes.Array[library.Cache]:
 def _address(array: mx.array) -> int:
     """Where the values of an evaluated, contiguous array are."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array)))  # type: ignore[arg-type]
-
-
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
