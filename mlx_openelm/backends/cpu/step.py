@@ -10,7 +10,7 @@ import mlx.core as mx
 from ...buffers import view
 from ...cache import KVCache
 from ...config import OpenELMConfig
-from ...errors import InputError
+from ...errors import InputError, OpenELMError
 from ...quantization import Matrix
 from ...safetensors import dtype_name
 from ...weights import Weights
@@ -33,6 +33,9 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """`x` [..., columns] → `x @ matrix.T` [..., rows], float32; evaluates it.
 
     The matrix is one that `can_multiply` accepts.
+
+    Raises:
+        OpenELMError: when memory runs out.
     """
     keep = _Memory()
     struct = _matrix(matrix, keep)
@@ -40,7 +43,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     y = mx.zeros((*x.shape[:-1], struct.rows))
     mx.eval(x, y)
     rows = x.size // struct.columns
-    library.load().openelm_multiply(_address(x), rows, byref(struct), _address(y), 0)
+    _check(library.load().openelm_multiply(_address(x), rows, byref(struct), _address(y), 0))
     return y
 
 
@@ -94,6 +97,7 @@ class Network:
 
         Raises:
             InputError: when a token id is out of range.
+            OpenELMError: when memory runs out.
         """
         batch, length = tokens.shape
         capacity = cache.capacity
@@ -122,9 +126,18 @@ class Network:
             step.starts = _address(starts)
         if cache.max_size is not None:
             step.mask, step.slot = _address(mask), seen.slot.item()
-        if self._library.openelm_compute(byref(self._struct), byref(step)):
+        status = self._library.openelm_compute(byref(self._struct), byref(step))
+        if status == library.BAD_TOKEN:
             raise InputError(f"a token id is not below the model's {self._vocab_size}")
+        _check(status)
         return logits
+
+
+def _check(status: int) -> None:
+    if status == library.NO_MEMORY:
+        raise OpenELMError(
+            "out of memory: give the prompt in shorter steps (prefill_step_size) or fewer sequences"
+        )
 
 
 class _Memory:

@@ -39,7 +39,8 @@ void quantize(const float* x, std::ptrdiff_t groups, int group, int bits, std::u
     for (int i = 0; i < group; i += in_word) {
       std::uint32_t word = 0;
       for (int n = 0; n < in_word; n++) {
-        const float q = std::min(std::max(std::rint((x[i + n] - bias) / scale), 0.0f), bins);
+        /* In this order of arguments, NaN becomes 0: converting it would be undefined. */
+        const float q = std::min(bins, std::max(0.0f, std::rint((x[i + n] - bias) / scale)));
         word |= static_cast<std::uint32_t>(q) << (bits * n);
       }
       packed[i / in_word] = word;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #include "kernels.h"
 #include "loops.h"
@@ -62,25 +63,12 @@ void keep_last(float* x, int batch, int length, int last, std::ptrdiff_t n) {
     std::copy_n(x + (b * length + last) * n, n, x + b * n);
 }
 
-}  // namespace
-
-int openelm_abi(void) { return OPENELM_ABI; }
-
-void openelm_set_threads(int threads) { pool_set_threads(threads); }
-
-void openelm_multiply(const float* x, int count, const openelm_matrix* w, float* y, int add) {
-  multiply(x, count, *w, y, add != 0);
-}
-
-int openelm_compute(const openelm_network* network, const openelm_step* step) {
+void compute(const openelm_network& net, const openelm_step* step) {
   static thread_local Workspace space;
-  const openelm_network& net = *network;
   const int batch = step->batch, dim = net.model_dim, head_dim = net.head_dim;
   int length = step->length;
   std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(batch) * length;
 
-  for (std::ptrdiff_t i = 0; i < rows; i++)
-    if (step->tokens[i] < 0 || step->tokens[i] >= net.token_embeddings.rows) return 1;
   float* x = room(space.x, rows * dim);
   float* h = room(space.h, rows * dim);
   for (std::ptrdiff_t i = 0; i < rows; i++)
@@ -120,5 +108,33 @@ int openelm_compute(const openelm_network* network, const openelm_step* step) {
   }
   norm(x, net.norm, h, rows, dim, net.eps);
   multiply(h, static_cast<int>(rows), net.lm_head, step->logits, false);
-  return 0;
+}
+
+/* No exception may leave a C function. std::bad_alloc is the only one that the library throws. */
+template <class F>
+int guarded(const F& run) {
+  try {
+    run();
+    return OPENELM_OK;
+  } catch (const std::bad_alloc&) {
+    return OPENELM_NO_MEMORY;
+  }
+}
+
+}  // namespace
+
+int openelm_abi(void) { return OPENELM_ABI; }
+
+void openelm_set_threads(int threads) { pool_set_threads(threads); }
+
+int openelm_multiply(const float* x, int count, const openelm_matrix* w, float* y, int add) {
+  return guarded([=] { multiply(x, count, *w, y, add != 0); });
+}
+
+int openelm_compute(const openelm_network* network, const openelm_step* step) {
+  const std::ptrdiff_t tokens = static_cast<std::ptrdiff_t>(step->batch) * step->length;
+  for (std::ptrdiff_t i = 0; i < tokens; i++)
+    if (step->tokens[i] < 0 || step->tokens[i] >= network->token_embeddings.rows)
+      return OPENELM_BAD_TOKEN;
+  return guarded([=] { compute(*network, step); });
 }
