@@ -43,9 +43,9 @@ struct Cache {
   int capacity, slot, bits, group;
 };
 
-/* x [batch, length, heads, dim] → queries [batch, query_heads, length, dim], normed, turned by
-   RoPE and scaled; keys and values go into the cache. `angles` [batch or 1, length, dim]: cosines,
-   then sines. Norms null: none. */
+/* x [batch, length, heads, dim] → queries [batch, query_heads, length, dim], normalized, rotated
+   (RoPE) and scaled; keys and values go into the cache. `angles` [batch or 1, length, dim]:
+   cosines, then sines. A norm that is null isn't applied. */
 void split_heads(const float* x, const float* q_norm, const float* k_norm, const float* angles,
                  std::ptrdiff_t angles_stride, float* queries, const Cache& cache, Shape s, float eps);
 

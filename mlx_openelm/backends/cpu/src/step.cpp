@@ -23,7 +23,7 @@ void norm(const float* x, const float* weight, float* y, std::ptrdiff_t rows, in
 }
 
 /* Cosines, then sines, of position · base^(-2i / dim) for each i up to dim / 2 → y [length, dim]. */
-void turn(int position, int length, float* y, int dim, double base) {
+void rope_cos_sin(int position, int length, float* y, int dim, double base) {
   const int half = dim / 2;
   std::vector<double> frequencies(half);
   for (int i = 0; i < half; i++) frequencies[i] = std::pow(base, -2.0 * i / dim);
@@ -57,8 +57,8 @@ void feed_forward(const openelm_layer& layer, bool glu, const float* h, std::ptr
   multiply(hidden, static_cast<int>(rows), layer.proj_2, x, true);
 }
 
-/* Keeps of x [batch, length, n] token `last` of each sequence: [batch, n]. */
-void keep_last(float* x, int batch, int length, int last, std::ptrdiff_t n) {
+/* x [batch, length, n] → token `last` of each sequence [batch, n], in place. */
+void select_last(float* x, int batch, int length, int last, std::ptrdiff_t n) {
   for (std::ptrdiff_t b = 0; b < batch; b++)
     std::copy_n(x + (b * length + last) * n, n, x + b * n);
 }
@@ -78,7 +78,7 @@ void compute(const openelm_network& net, const openelm_step* step) {
   const std::ptrdiff_t angles_size = static_cast<std::ptrdiff_t>(length) * head_dim;
   float* angles = room(space.angles, shifts * angles_size);
   for (int b = 0; b < shifts; b++)
-    turn(step->offset - (step->starts == nullptr ? 0 : step->starts[b]), length,
+    rope_cos_sin(step->offset - (step->starts == nullptr ? 0 : step->starts[b]), length,
          angles + b * angles_size, head_dim, net.rope_base);
 
   for (int i = 0; i < net.num_layers; i++) {
@@ -92,15 +92,15 @@ void compute(const openelm_network& net, const openelm_step* step) {
     split_heads(qkv, layer.q_norm, layer.k_norm, angles,
                 step->starts == nullptr ? 0 : angles_size, queries, cache, shape, net.eps);
     Seen seen = {step->starts, step->mask, step->offset};
-    if (i == net.num_layers - 1 && step->last >= 0) { /* only this token goes on */
-      keep_last(queries, batch * layer.query_heads, length, step->last, head_dim);
-      keep_last(x, batch, length, step->last, dim);
+    if (i == net.num_layers - 1 && step->last >= 0) { /* no other token's logits are needed */
+      select_last(queries, batch * layer.query_heads, length, step->last, head_dim);
+      select_last(x, batch, length, step->last, dim);
       seen.first += step->last;
       if (seen.mask != nullptr) seen.mask += static_cast<std::ptrdiff_t>(step->last) * step->capacity;
       shape.length = length = 1;
       rows = batch;
     }
-    float* attended = qkv; /* query heads are fewer than all */
+    float* attended = qkv; /* in its memory: there are fewer query heads than heads */
     attend(queries, cache, seen, attended, shape);
     multiply(attended, static_cast<int>(rows), layer.out_proj, x, true);
     norm(x, layer.ffn_norm, h, rows, dim, net.eps);
