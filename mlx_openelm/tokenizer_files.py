@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .added_tokens import content, declared, read_token
-from .chat import CHAT_TEMPLATE, named_templates, read_chat_template, template_files
+from .chat import CHAT_TEMPLATE
+from .chat_files import TEMPLATE_FILE, named_templates, read_chat_template, template_files
 from .config import check_token_ids, token_ids
 from .errors import InputError
 from .files import file_size, find_in, read_bytes, read_json
@@ -22,7 +23,6 @@ from .vocabulary import added_to_sentencepiece, read_sentencepiece
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
-CHAT = "chat_template.jinja"
 
 
 def tokenizer_file(directory: Path) -> Path | None:
@@ -189,7 +189,7 @@ def write_tokenizer_files(
         if CONFIG in made:
             made[CONFIG]["chat_template"] = CHAT_TEMPLATE
         else:
-            made[CHAT] = CHAT_TEMPLATE
+            made[TEMPLATE_FILE] = CHAT_TEMPLATE
     for name, path in files.items():
         if name not in made:
             copy_file(path, directory / name)
