@@ -8,11 +8,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mlx_openelm import tokenizer_files
-from mlx_openelm.chat_files import TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, find_in, parse_json, read_json, read_range
-from mlx_openelm.safetensors import MAX_HEADER
 
 PROGRAM = "mlx-openelm"
 MARK = {"writer": PROGRAM}
@@ -21,20 +18,23 @@ MARK = {"writer": PROGRAM}
 RECORD = "conversion.json"
 FILES = (
     "config.json",
-    tokenizer_files.GENERATION,
+    "generation_config.json",
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
-    tokenizer_files.MODEL,
-    tokenizer_files.JSON,
-    tokenizer_files.CONFIG,
-    tokenizer_files.SPECIAL,
-    tokenizer_files.ADDED,
-    TEMPLATE_FILE,
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     RECORD,
 )
+TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "*.jinja"
 _FINDER = ".DS_Store"  # which macOS puts into directories that were looked at
+
+_MAX_HEADER = 8 << 20  # bytes
 
 
 def files_in(directory: Path) -> list[str]:
@@ -46,10 +46,10 @@ def files_in(directory: Path) -> list[str]:
         InputError: when that is a link out of the directory.
     """
     found = [name for name in sorted(os.listdir(directory)) if _named(name)]
-    templates = find_in(directory, TEMPLATE_DIRECTORY)
+    templates = find_in(directory, TEMPLATES)
     if templates is not None and templates.is_dir():
         inside = sorted(os.listdir(templates))
-        found += [f"{TEMPLATE_DIRECTORY}/{name}" for name in inside if fnmatchcase(name, _TEMPLATE)]
+        found += [f"{TEMPLATES}/{name}" for name in inside if fnmatchcase(name, _TEMPLATE)]
     return found
 
 
@@ -66,12 +66,12 @@ def why_not_ours(directory: Path) -> str | None:
         return "isn't a directory"
     entries = [entry for entry in os.scandir(directory) if entry.name != _FINDER]
     for entry in entries:
-        if entry.name == TEMPLATE_DIRECTORY and entry.is_dir(follow_symlinks=False):
+        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
             if any(
                 not (fnmatchcase(inside.name, _TEMPLATE) and inside.is_file(follow_symlinks=False))
                 for inside in os.scandir(entry.path)
             ):
-                return f"holds {TEMPLATE_DIRECTORY} with other files than templates"
+                return f"holds {TEMPLATES} with other files than templates"
         elif not (_named(entry.name) and entry.is_file(follow_symlinks=False)):
             return f"holds {entry.name!a}, which {PROGRAM} doesn't write"
     if entries and not (_is_marked(directory) or _has_record(directory)):
@@ -101,7 +101,7 @@ def remove(made: Path) -> None:
         made.unlink()
         return
     for entry in list(os.scandir(made)):
-        if entry.name == TEMPLATE_DIRECTORY and entry.is_dir(follow_symlinks=False):
+        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
             for template in Path(entry.path).glob(_TEMPLATE):
                 template.unlink()
             os.rmdir(entry.path)
@@ -123,7 +123,7 @@ def _is_marked(directory: Path) -> bool:
 def _file_is_marked(file: Path) -> bool:
     with suppress(InputError):
         size = int.from_bytes(read_range(file, 0, 8), "little")
-        if size <= MAX_HEADER:
+        if size <= _MAX_HEADER:
             header = parse_json(read_range(file, 8, size), str(file))
             metadata = header.get("__metadata__")
             return isinstance(metadata, dict) and metadata.items() >= MARK.items()

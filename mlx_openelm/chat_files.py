@@ -16,7 +16,7 @@ MAX_TEMPLATE = 1 << 20
 """Bytes of a template file."""
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
-_LEGACY_FILE = "chat_template.json"
+LEGACY_FILE = "chat_template.json"
 
 
 def template_files(directory: Path) -> dict[str, Path]:
@@ -26,7 +26,7 @@ def template_files(directory: Path) -> dict[str, Path]:
         InputError: when one is a link to somewhere outside the directory.
     """
     found = {}
-    for name in (TEMPLATE_FILE, _LEGACY_FILE):
+    for name in (TEMPLATE_FILE, LEGACY_FILE):
         if path := find_in(directory, name):
             found[name] = path
     folder = find_in(directory, TEMPLATE_DIRECTORY)
@@ -48,7 +48,7 @@ def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | di
         InputError: when a file can't be read, or a template isn't text.
     """
     files = template_files(directory)
-    legacy = files.pop(_LEGACY_FILE, None)
+    legacy = files.pop(LEGACY_FILE, None)
     texts = {
         "default" if name == TEMPLATE_FILE else path.stem: read_text(path, MAX_TEMPLATE)
         for name, path in files.items()
