@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,7 +14,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .config import OpenELMConfig
 from .errors import InputError
-from .files import open_file, parse_json, sync, user_path
+from .files import open_file, parse_json, replacing, user_path
 from .safetensors import dtype_code
 from .shards import raw
 
@@ -87,7 +85,7 @@ def write_cache(
     header = json.dumps({"__metadata__": values, **entries}).encode()
     header += b" " * (-len(header) % 8)
     try:
-        with _new_file(file) as out:
+        with replacing(file) as out:
             out.write(len(header).to_bytes(8, "little") + header)
             for array in arrays.values():
                 out.write(array)
@@ -189,29 +187,3 @@ def _digest(
     for name in entries:
         whole.update(data[name])
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def _new_file(file: Path) -> Any:
-    """A file to write to, which takes the place of `file` when the block ends without an error.
-
-    Its name while it is written is nobody else's: other threads and processes may write the same
-    file, and what a killed process left is in nobody's way.
-    """
-    if file.exists() and not file.is_file():
-        raise InputError(f"{file}: not a regular file")
-    file = file.resolve()  # what a link leads to is replaced, not the link
-    part = file.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as out:
-            yield out
-            out.flush()
-            sync(out.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        sync(directory)
-    finally:
-        os.close(directory)

@@ -11,7 +11,10 @@ import codecs
 import fcntl
 import json
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -235,6 +238,37 @@ def sync(descriptor: int) -> None:
         else:
             return
     os.fsync(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that replaces `path`, on the disk, when the block ends without an error.
+
+    Until then it has a random name in the same directory, so that threads and processes may write
+    the same file, and what a killed process left disturbs nobody. If `path` is a link, the file
+    that it leads to is replaced.
+
+    Raises:
+        InputError: when something other than a regular file is there.
+        OSError: when it can't be written.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+    path = path.resolve()
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        sync(directory)
+    finally:
+        os.close(directory)
 
 
 def make_directory(path: Path) -> None:
