@@ -88,7 +88,7 @@ def choose_dtype(
 def _overflow(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> str | None:
     """Where a value gets too large for float16, in words; None if nowhere.
 
-    What isn't finite even in float32 is not told here: `cast` names the tensor that it comes from.
+    Values that aren't finite in float32 are not reported here: `cast` names their tensor.
     """
     for stage in stages(tensors, config, trial_tokens(config, _TRIAL_TOKENS)):
         if not math.isfinite(stage.largest):

@@ -82,7 +82,7 @@ def render_chat(
 ) -> str:
     """A conversation as text. `variables` are what else the template sees.
 
-    Templates are strangers' programs. They run in jinja2's sandbox. `range`, every text and list
+    Templates are untrusted programs. They run in jinja2's sandbox. `range`, every text and list
     that they make, and the time in loops and macros are bounded (`template_limits.MAX_TEXT`,
     `MAX_SECONDS`). Not bounded is the time of a single filter or method, and the memory of one
     that makes much of little by other means than padding, repetition and replacement.
