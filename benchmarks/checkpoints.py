@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.checkpoint import Checkpoint
 from mlx_openelm.convert.export.corenet import write_corenet
-from mlx_openelm.convert.export.huggingface import write_huggingface
 from mlx_openelm.convert.sources import LazyTensor, Source
 from mlx_openelm.shapes import tensor_shapes
 
@@ -64,8 +63,3 @@ def _padded(tensor: LazyTensor, shape: tuple[int, ...], start: int, stop: int) -
 def write_pt(config: OpenELMConfig, out: Path) -> None:
     """A float32 state dict as CoreNet saves it, and its YAML beside it."""
     write_corenet(random_checkpoint(config), out, "float32", True)
-
-
-def write_sharded(config: OpenELMConfig, out: Path) -> None:
-    """A bfloat16 directory as Hugging Face has them, in shards of 1 GiB."""
-    write_huggingface(random_checkpoint(config), out, "bfloat16", True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig, token_ids
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
 
@@ -195,7 +196,7 @@ def _process(peer: str, directory: Path, work: Work, turn: int, limit: float) ->
 
 def _calibrate(session: Session, target: Target) -> Calibration:
     dtype = roofline.compute_dtype(target.model.stored)
-    return calibration.short([str(dtype).removeprefix("mlx.core.")])
+    return calibration.short([dtype_name(dtype)])
 
 
 def _take_turns(

@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import read_json
+from mlx_openelm.files import read_json, replacing
 
 SCHEMA = 1
 UNKNOWN = "unknown"
@@ -169,9 +169,8 @@ class Results:
 
 def write(results: Results, file: Path) -> None:
     """Write `results.json`; complete or not at all."""
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(asdict(results), indent=1) + "\n")
-    beside.replace(file)
+    with replacing(file) as out:
+        out.write(json.dumps(asdict(results), indent=1).encode() + b"\n")
 
 
 def read(file: Path) -> Results:

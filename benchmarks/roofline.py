@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_openelm import device
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.shapes import tensor_shapes
 
 from .results import Calibration, Graph, Limit, Model, Work
@@ -66,7 +67,7 @@ def compute_dtype(stored: str) -> mx.Dtype:
 
 def rate(stored: str, dtype: mx.Dtype, found: Calibration) -> float:
     """Operations a second; quantized weights may be dequantized first, where that is faster."""
-    name = str(dtype).removeprefix("mlx.core.")
+    name = dtype_name(dtype)
     plain = found.matmul[name]
     return plain if stored == name else max(plain, found.matmul.get("4bit", plain))
 

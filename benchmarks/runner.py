@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,31 +109,3 @@ class Worker:
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         raise OpenELMError(f"{self.peer}: {said[-1] if said else 'ended without a word'}")
-
-
-@contextmanager
-def workers(peers: Mapping[str, tuple[str, Path]]) -> Iterator[dict[str, Worker]]:
-    """Start a worker for each name → (peer, directory); they end with the context."""
-    with ExitStack() as stack:
-        started = {}
-        for name, (peer, directory) in peers.items():
-            started[name] = Worker(peer, directory)
-            stack.callback(started[name].close)
-        yield started
-
-
-def in_turns(
-    contestants: Mapping[str, Worker], workload: Workload, trials: int, warmup: int = 1
-) -> dict[str, list[dict[str, Any]]]:
-    """A B A B …: `trials` measurements of each, after `warmup` rounds that don't count.
-
-    Raises:
-        OpenELMError: when one fails.
-    """
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-    for turn in range(-warmup, trials):
-        for name, worker in contestants.items():
-            measured = worker.run(workload)
-            if turn >= 0:
-                results[name].append(measured)
-    return results

@@ -1,4 +1,4 @@
-"""Other people's checkpoints become model directories: `python -m mlx_openelm.convert`.
+"""Converts checkpoints of other formats to model directories: `python -m mlx_openelm.convert`.
 
 The package can be called: `mlx_openelm.convert(hf_path, mlx_path)` is its function `convert`.
 """

@@ -175,7 +175,7 @@ def _integers(x: Float64, axis: int, bits: int) -> tuple[Float64, Float64, Float
 
 
 def corenet_scale(yaml: Path) -> Scale | None:
-    """The scale that a CoreNet training YAML tells of, in `model.lora.config`; None if it doesn't.
+    """The scale that a CoreNet training YAML sets in `model.lora.config`; None if it doesn't.
 
     There, the first entry whose `regex` fits a module's name decides.
 

@@ -1,4 +1,4 @@
-"""Work that follows on another thread: hashing and writing, while the next block is made."""
+"""A background thread that hashes and writes blocks while the next one is made."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ WAITING = 4  # calls; what they hold stays in memory
 
 @contextmanager
 def behind(limit: int = WAITING) -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Yields `later(call)`: calls run in order on one thread, at most `limit` of them waiting.
+    """Yields `submit(call)`: calls run in order on one thread, at most `limit` of them waiting.
 
-    An error of a call is raised by a later `later`, or at the end; then no further call runs.
+    After an error in a call no further call runs; the next `submit`, or the end, raises it.
     """
     failed: list[BaseException] = []
     room = threading.Semaphore(limit)
@@ -30,14 +30,14 @@ def behind(limit: int = WAITING) -> Iterator[Callable[[Callable[[], object]], No
 
     with ThreadPoolExecutor(1) as pool:
 
-        def later(call: Callable[[], object]) -> None:
+        def submit(call: Callable[[], object]) -> None:
             room.acquire()
             if failed:
                 raise failed[0]
             pool.submit(run, call).add_done_callback(done)
 
         try:
-            yield later
+            yield submit
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_openelm.adapter_files import is_adapter, open_adapter, own_tokenizer
+from mlx_openelm.adapter_files import is_adapter, open_adapter
 from mlx_openelm.adapter_peft import Scale, alpha_over_rank, split
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
 from mlx_openelm.hub import resolve_source
 from mlx_openelm.names import EMBEDDINGS, HEAD, map_names, with_embeddings
+from mlx_openelm.tokenizer_files import tokenizer_file
 
 from .adapters import corenet_adapter, corenet_scale, merge_adapter
 from .geometry import infer_config
@@ -135,7 +136,7 @@ class _Opening:
         source = replace(
             found.source,
             kind=f"{adapter.kind}, merged into its base",
-            tokenizer=own_tokenizer(path) or found.source.tokenizer,
+            tokenizer=tokenizer_file(path) or found.source.tokenizer,
             adapters=(path, *found.source.adapters),
         )
         return Checkpoint(source, tensors, config, [*found.notes, *notes])

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm.config import OpenELMConfig, token_ids
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.errors import InputError
 
 from .forward import stages
@@ -56,11 +57,6 @@ def cast(array: mx.array, dtype: mx.Dtype, name: str, allow_nonfinite: bool = Fa
     return result
 
 
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Such as "bfloat16"."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
 def choose_dtype(
     tensors: Mapping[str, LazyTensor],
     config: OpenELMConfig,
@@ -92,7 +88,7 @@ def choose_dtype(
 def _overflow(tensors: Mapping[str, LazyTensor], config: OpenELMConfig) -> str | None:
     """Where a value gets too large for float16, in words; None if nowhere.
 
-    What isn't finite even in float32 is not told here: `cast` names the tensor that it comes from.
+    Values that aren't finite in float32 are not reported here: `cast` names their tensor.
     """
     for stage in stages(tensors, config, trial_tokens(config, _TRIAL_TOKENS)):
         if not math.isfinite(stage.largest):

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_openelm.backends import cpu
 from mlx_openelm.buffers import view
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.network import attention, feed_forward
 from mlx_openelm.quantization import Matrix
 from mlx_openelm.weights import Layer
@@ -19,7 +20,6 @@ from .sources import LazyTensor
 
 _ATTENTION = ("attn_norm", "attn.qkv_proj", "attn.q_norm", "attn.k_norm", "attn.out_proj")
 _FEED_FORWARD = ("ffn_norm", "ffn.proj_1", "ffn.proj_2")
-EMBEDDINGS, HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
 
 
 class Stage(NamedTuple):

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_openelm import __version__
 from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in
 from mlx_openelm.names import EMBEDDINGS, HEAD
@@ -32,7 +33,7 @@ from mlx_openelm.tokenizer_files import (
 
 from .atomic import new_directory
 from .behind import behind
-from .floats import cast, choose_dtype, dtype_name
+from .floats import cast, choose_dtype
 from .outputs import RECORD
 from .recipe import KEEP_ALL, Recipe, plan
 from .sources import LazyTensor
@@ -112,7 +113,7 @@ def convert(
         reads: the files and directories that the tensors and options came from, which are never
             replaced.
         force: replace `out` if it is a directory that this program wrote.
-        progress: told about every block.
+        progress: called after every block.
 
     Raises:
         InputError: when the tensors aren't those of `config`, when a value isn't finite or
@@ -260,16 +261,16 @@ def _stream(
     progress: Progress,
 ) -> None:
     """Read and convert block by block here, hash and write on another thread."""
-    with behind() as later:
+    with behind() as submit:
         for name, shape in tensor_shapes(done.config).items():
             tensor, scheme = tensors[name], _scheme(name, shape, done.quantization)
             for rows in tensor.blocks():
                 values = cast(rows, done.dtype, tensor.name, allow_nonfinite)
                 parts = [(part, raw(array)) for part, array in _parts(name, values, scheme)]
                 if hashes is not None:
-                    later(partial(hashes.add, [(f"source {name}", raw(rows)), *parts]))
+                    submit(partial(hashes.add, [(f"source {name}", raw(rows)), *parts]))
                 for part, data in parts:
-                    later(partial(write, part, data))
+                    submit(partial(write, part, data))
                 progress(name, rows.nbytes)
 
 

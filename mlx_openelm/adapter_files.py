@@ -16,7 +16,7 @@ from .adapter_peft import peft_adapter
 from .adapter_settings import CONFIG
 from .adapters import Adapter, T
 from .errors import InputError
-from .files import file_size, find_in, read_json
+from .files import find_in, read_json
 from .safetensors import check_float, load_arrays, read_header
 from .weight_files import has_weights
 
@@ -35,20 +35,6 @@ def is_adapter(path: Path) -> bool:
     if not path.is_dir() or find_in(path, CONFIG) is None:
         return False
     return not has_weights(path)
-
-
-def own_tokenizer(directory: Path) -> Path | None:
-    """The file of a directory's own tokenizer, if it has one.
-
-    Raises:
-        InputError: when it isn't a regular file, or a link that leads out of the directory.
-    """
-    for name in ("tokenizer.model", "tokenizer.json"):
-        file = find_in(directory, name)
-        if file is not None:
-            file_size(file)
-            return file
-    return None
 
 
 def open_adapter(path: Path, readers: Readers[T], alpha: float | None = None) -> Adapter[T]:

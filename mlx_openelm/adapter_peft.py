@@ -194,7 +194,7 @@ def _patterns(
 ) -> list[tuple[re.Pattern[str], Any]]:
     """PEFT's patterns for the names of modules, or their ends after a dot, and their values.
 
-    A stranger's regular expression could run for ever. Those that are read repeat no group, and
+    An untrusted regular expression could run forever. Those that are read repeat no group, and
     have few groups and repetitions, so they take few steps on a name of `_MAX_NAME` characters.
     """
     values = settings.get(name) or {}

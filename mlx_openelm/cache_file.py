@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,15 +14,15 @@ import mlx.core as mx
 from .cache import KVCache
 from .config import OpenELMConfig
 from .errors import InputError
-from .files import open_file, parse_json, sync, user_path
+from .files import open_file, parse_json, replacing, user_path
+from .safetensors import dtype_code
 from .shards import raw
 
 FORMAT = "mlx-openelm prompt cache 2"
 MAX_HEADER = 16 << 20
 """Bytes. A header says the name and shape of some arrays a layer, and the tokens."""
 
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
-_FLOATS = {name: dtype for dtype, name in _NAMES.items() if dtype != mx.uint32}
+_FLOATS = {dtype_code(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
 
 
 class Saved(NamedTuple):
@@ -72,7 +70,7 @@ def write_cache(
         "format": FORMAT,
         "model": fingerprint,
         "config": json.dumps(cache.config.to_dict()),
-        "dtype": _NAMES[cache.dtype],
+        "dtype": dtype_code(cache.dtype),
         "kv": json.dumps([cache.scheme.bits, cache.scheme.group_size] if cache.scheme else None),
         "length": str(length),
         "tokens": json.dumps(None if tokens is None else tokens[:length]),
@@ -82,12 +80,12 @@ def write_cache(
     end = 0
     for name, (shape, dtype) in cache.layout(length).items():
         start, end = end, end + len(arrays[name])
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": dtype_code(dtype), "shape": shape, "data_offsets": [start, end]}
     values["sha256"] = _digest(values, entries, arrays)
     header = json.dumps({"__metadata__": values, **entries}).encode()
     header += b" " * (-len(header) % 8)
     try:
-        with _new_file(file) as out:
+        with replacing(file) as out:
             out.write(len(header).to_bytes(8, "little") + header)
             for array in arrays.values():
                 out.write(array)
@@ -133,7 +131,7 @@ def _read(file: Path, opened: BinaryIO) -> Saved:
     for name, (shape, dtype) in cache.layout(positions).items():
         start, end = end, end + math.prod(shape) * dtype.size
         expected[name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": dtype_code(dtype),
             "shape": list(shape),
             "data_offsets": [start, end],
         }
@@ -189,29 +187,3 @@ def _digest(
     for name in entries:
         whole.update(data[name])
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def _new_file(file: Path) -> Any:
-    """A file to write to, which takes the place of `file` when the block ends without an error.
-
-    Its name while it is written is nobody else's: other threads and processes may write the same
-    file, and what a killed process left is in nobody's way.
-    """
-    if file.exists() and not file.is_file():
-        raise InputError(f"{file}: not a regular file")
-    file = file.resolve()  # what a link leads to is replaced, not the link
-    part = file.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as out:
-            yield out
-            out.flush()
-            sync(out.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        sync(directory)
-    finally:
-        os.close(directory)

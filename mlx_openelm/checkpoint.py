@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 
 from . import device
-from .adapter_files import is_adapter, open_adapter, own_tokenizer, read_safetensors
+from .adapter_files import is_adapter, open_adapter, read_safetensors
 from .adapters import apply_adapter
 from .config import OpenELMConfig
 from .errors import InputError, OpenELMError
 from .files import find_in, read_json
 from .hub import resolve, resolve_source, resolve_tokenizer
 from .model import OpenELM
-from .names import map_names, with_embeddings
+from .names import EMBEDDINGS, HEAD, map_names, with_embeddings
 from .quantization import PARTS, Quantization
 from .safetensors import Entry, check_float, load_arrays, read_header
 from .shards import SHARD_BYTES, Spec, new_shards, raw, write_json
@@ -84,8 +83,8 @@ def load(
 
     Args:
         path_or_hf_repo: a model directory, a Hugging Face id, or the name of a bundled model.
-        tokenizer_config: values that go before those of `tokenizer_config.json`.
-        model_config: values that go before those of `config.json`.
+        tokenizer_config: values that override those of `tokenizer_config.json`.
+        model_config: values that override those of `config.json`.
         adapter_path: directory (or Hugging Face id) of an adapter, mlx-lm's or PEFT's, which is
             merged into the weights (see `adapters.apply_adapter`). A tokenizer, a chat template
             and a `generation_config.json` in it take the place of the model's.
@@ -95,13 +94,17 @@ def load(
         trust_remote_code: of mlx-lm; no code of a repository is ever run.
         tokenizer: a SentencePiece file, a directory or a Hugging Face id, where the model has no
             tokenizer of its own, or in place of it.
-        seconds: is told what the "weights" took, and the "tokenizer", which is read beside them.
+        seconds: filled with the seconds that the "weights" and the "tokenizer" took; they are read
+            at the same time.
 
     Raises:
         InputError: when something is missing or wrong; says which file, which tensor.
         OpenELMError: when the hub can't be reached.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from .tokenizer import load_tokenizer
+    from .tokenizer_files import tokenizer_file
 
     directory = resolve(path_or_hf_repo, revision)
     if is_adapter(directory):
@@ -110,28 +113,23 @@ def load(
             "this as its adapter_path"
         )
     adapter = None if adapter_path is None else resolve_source(adapter_path)
-    source = adapter if adapter is not None and own_tokenizer(adapter) else directory
+    source = adapter if adapter is not None and tokenizer_file(adapter) else directory
     if tokenizer is not None:
         source = resolve_tokenizer(tokenizer)
     seconds = {} if seconds is None else seconds
-    reading = _Thread(
-        lambda: _timed(
-            "tokenizer",
-            seconds,
-            lambda: load_tokenizer(
+
+    def read_tokenizer() -> Tokenizer:
+        with _timed("tokenizer", seconds):
+            return load_tokenizer(
                 source, model=directory, adapter=adapter, tokenizer_config=tokenizer_config
-            ),
-        )
-    )
-    try:
-        model = _timed(
-            "weights",
-            seconds,
-            lambda: load_model(directory, lazy=lazy, model_config=model_config, adapter=adapter),
-        )
-    finally:
-        # A thread that is still in C++ code when the interpreter ends aborts the process.
-        reading.join()
+            )
+
+    # Leaving the block waits for the thread, even after an error: a thread that is still in C++
+    # code when the interpreter ends aborts the process.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_tokenizer)
+        with _timed("weights", seconds):
+            model = load_model(directory, lazy=lazy, model_config=model_config, adapter=adapter)
     loaded = reading.result()
     check_vocabulary(loaded.vocab_size, model.config.vocab_size, str(source))
     if return_config:
@@ -139,37 +137,11 @@ def load(
     return model, loaded
 
 
-_T = TypeVar("_T")
-
-
-def _timed(name: str, seconds: dict[str, float], work: Callable[[], _T]) -> _T:
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
-    result = work()
+    yield
     seconds[name] = time.perf_counter() - start
-    return result
-
-
-class _Thread(threading.Thread, Generic[_T]):
-    """Begin `work` on a thread; `result` is its result, or raises its error."""
-
-    def __init__(self, work: Callable[[], _T]) -> None:
-        super().__init__()
-        self._work = work
-        self._outcome: list[_T] = []
-        self._errors: list[BaseException] = []
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome.append(self._work())
-        except BaseException as error:
-            self._errors.append(error)
-
-    def result(self) -> _T:
-        self.join()
-        if self._errors:
-            raise self._errors[0]
-        return self._outcome[0]
 
 
 def load_draft(
@@ -180,7 +152,7 @@ def load_draft(
 ) -> OpenELM:
     """A draft model for a model that has this tokenizer.
 
-    One without a tokenizer of its own is taken at its word, as Apple's repositories have none.
+    A draft model without a tokenizer isn't checked: Apple's repositories have none.
 
     Raises:
         InputError: as `load`; and when its tokenizer is another one.
@@ -241,8 +213,8 @@ def load_model(
 ) -> OpenELM:
     """The model in a directory, in the dtype that suits the device.
 
-    `model_config` are values that go before those of `config.json`; `adapter` is the directory of
-    one that is merged into it.
+    `model_config` overrides values of `config.json`; `adapter` is the directory of an adapter to
+    merge into the weights.
 
     Raises:
         InputError: when a file or tensor is missing, damaged or of the wrong shape.
@@ -367,7 +339,7 @@ def _drop_redundant_head(arrays: dict[str, mx.array]) -> None:
         InputError: when it isn't the same matrix.
     """
     for part in PARTS:
-        head, embeddings = f"lm_head.{part}", f"transformer.token_embeddings.{part}"
+        head, embeddings = (name.removesuffix("weight") + part for name in (HEAD, EMBEDDINGS))
         if head not in arrays:
             continue
         a, b = arrays.pop(head), arrays.get(embeddings)

@@ -16,7 +16,7 @@ from .model import OpenELM
 from .sampling import Draws, LogitsProcessor, Sampler, greedy
 
 NO_TOKEN = -1
-"""In the place of a token that a sampler invented. As an index it is the last row."""
+"""Marks a token outside the vocabulary. (As an index it would be the last row.)"""
 
 
 class Choice(NamedTuple):
@@ -97,7 +97,7 @@ def choose(
 def begin(sampler: Sampler | None) -> Sampler:
     """A sampler for the rows of `choose`, at the beginning of texts; greedy by default.
 
-    A seed's draws start again. What a sampler of somebody else returns is checked.
+    Seeded draws start again. The tokens of a user's own sampler are checked.
     """
     if sampler is None or sampler is greedy:
         return greedy

@@ -23,8 +23,7 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     """Run a command with `argv` (default: the process's arguments) and return its exit status.
 
     An `OpenELMError` is reported in one line: status 2 for bad input, 1 for a failure. So is an
-    error that nobody foresaw; `--debug` shows its traceback. A reader of
-    standard output that has had enough is no error.
+    unexpected error; `--debug` shows its traceback. A closed pipe at standard output is no error.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:

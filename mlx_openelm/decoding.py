@@ -77,9 +77,9 @@ def generate_step(
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Token ids that continue `prompt` [L], each with its log-probabilities [vocab_size].
 
-    Where the device computes a step while the next one is built (`Policy.overlapped`), that is made
-    use of, but for the first token, which is given out as soon as it is there. With a
-    `prompt_cache` a token is in the cache when it is given out.
+    Where the device computes a step while the next one is built (`Policy.overlapped`), the next
+    step begins before a token is yielded; the first token is yielded at once. With a
+    `prompt_cache`, a token is in the cache before it is yielded.
 
     Args:
         vocab_size: ids from here on are never sampled (the tokenizer doesn't know them).
@@ -176,7 +176,7 @@ def plain_steps(
             if count == limit:
                 return
             cache.still_in(use)
-            # Somebody waits for the first token, and the step after it may have to be traced.
+            # Not before the first token is yielded: tracing the step would delay it.
             choice = following or after(choice.tokens)
     finally:
         if cache.use is use:

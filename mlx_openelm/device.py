@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .backends import cpu
+from .dtypes import dtype_name
 from .errors import InputError
 from .memory import available_memory
 
@@ -50,7 +51,7 @@ class Policy:
     def __str__(self) -> str:
         parts = [
             self.name,
-            f"computing in {_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
+            f"computing in {dtype_name(self.dtype) if self.dtype else 'the dtype of the weights'}",
             "own C library" if self.native else "MLX's kernels",
             "compiled" if self.compiled else "not compiled",
         ]
@@ -98,7 +99,3 @@ def _cpu() -> str:
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """What to compute in, for weights stored in `stored`."""
     return policy().dtype or stored
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -1,4 +1,4 @@
-"""Why logits are not finite: found out after the failure, by looking again at everything."""
+"""Finds where logits became NaN or infinite, by computing the step again layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where drafts come from: a smaller model, or what the text said before."""
+"""Sources of drafts: a smaller model, or earlier passages of the text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PromptLookup:
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens."""
+        """Append these tokens to the text."""
         text, goes_on = self.tokens, self._goes_on
         for token in tokens:
             end = len(text)
@@ -60,19 +60,19 @@ class PromptLookup:
             text.append(token)
 
     def kind(self) -> Kind | None:
-        """What kind of draft there is; None: the text's end is new."""
+        """The kind of draft that is possible; None: the text's last tokens didn't occur before."""
         found = self._find()
         return None if found is None else Kind(self.SOURCE, found[0], SURE[found[0]], 0.08)
 
     def draft(self, length: int) -> list[int]:
-        """The `length` tokens that followed; where the text ends, it goes on as a loop."""
+        """The `length` tokens that followed; past the end of the text, the same tokens again."""
         found = self._find()
         assert found is not None
         period = len(self.tokens) - found[1]
         return [self.tokens[found[1] + i % period] for i in range(length)]
 
     def _find(self) -> tuple[int, int] | None:
-        """Size of the longest end that occurred before, and where it went on then."""
+        """Length of the longest repeated suffix, and the index after its earlier occurrence."""
         text = self.tokens
         for size in SIZES:
             at = self._goes_on.get(tuple(text[-size:])) if size <= len(text) else None
@@ -123,5 +123,5 @@ class DraftModel:
         return [token if token < size else 0 for token in text]
 
     def _forget(self, tokens: int) -> None:
-        """Forget what was read beyond the first `tokens` of the text: drafts that didn't hold."""
+        """Trim the cache to the first `tokens` of the text: removes rejected drafts."""
         self._cache.trim(max(self._read - tokens, 0))

@@ -1,4 +1,4 @@
-"""The errors that are told to a person in one line."""
+"""Errors that the commands report in one line."""
 
 
 class OpenELMError(Exception):

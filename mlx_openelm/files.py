@@ -1,4 +1,4 @@
-"""Files that a user names, and files in a directory that a stranger wrote.
+"""Reads files that a user names, and files in untrusted directories.
 
 Everything that is read from such a place goes through here: the path is expanded, the kind and
 the size of the file are checked before a byte is read, and text may have any of the encodings
@@ -11,7 +11,10 @@ import codecs
 import fcntl
 import json
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +54,7 @@ def find_in(directory: Path, name: str) -> Path | None:
     cache when the directory is a snapshot there (`models--OWNER--NAME/snapshots/COMMIT`).
 
     Raises:
-        InputError: when the entry is a link to anything else: a stranger's directory must not
+        InputError: when the entry is a link to anything else: an untrusted directory must not
             make this program read, copy or upload other files of the user.
     """
     path = directory / name
@@ -98,7 +101,7 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def file_size(path: Path, limit: int | None = None) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a regular file.
 
     Raises:
@@ -108,7 +111,7 @@ def file_size(path: Path, limit: int | None = None) -> int:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    _check(path, status, limit)
+    _check(path, status, None)
     return status.st_size
 
 
@@ -201,7 +204,7 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> dict[str, Any]:
     return parse_json(read_bytes(path, limit), str(path))
 
 
-def read_yaml(path: Path, limit: int = 1 << 20) -> Any:
+def read_yaml(path: Path) -> Any:
     """What a YAML file holds, plain values only.
 
     Raises:
@@ -209,7 +212,7 @@ def read_yaml(path: Path, limit: int = 1 << 20) -> Any:
     """
     import yaml
 
-    text = read_text(path, limit)
+    text = read_text(path, 1 << 20)
     try:
         return yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -237,6 +240,37 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that replaces `path`, on the disk, when the block ends without an error.
+
+    Until then it has a random name in the same directory, so that threads and processes may write
+    the same file, and what a killed process left disturbs nobody. If `path` is a link, the file
+    that it leads to is replaced.
+
+    Raises:
+        InputError: when something other than a regular file is there.
+        OSError: when it can't be written.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+    path = path.resolve()
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        sync(directory)
+    finally:
+        os.close(directory)
+
+
 def make_directory(path: Path) -> None:
     """Make a directory for output, and those above it; one that is there is kept.
 
@@ -254,13 +288,13 @@ def make_directory(path: Path) -> None:
 
 
 def shown(text: object) -> str:
-    """A stranger's text (a name, say), fit for one line of an error message."""
+    """An untrusted text (a name, say), quoted and fit for one line of an error message."""
     text = str(text)
     return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
 def brief(value: object) -> str:
-    """A stranger's value (a number, a list), fit for one line of an error message."""
+    """An untrusted value (a number, a list), fit for one line of an error message."""
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "…"
 

@@ -13,8 +13,10 @@ from .model import OpenELM
 from .shards import raw
 
 
-def fingerprint(model: OpenELM) -> str:
+def fingerprint(model: OpenELM | str) -> str:
     """SHA-256, in hexadecimal, of the configuration and of the weights as they are in memory.
+
+    A text is a fingerprint already (see `KVCache.made_for`), and returned as it is.
 
     Every bit of every weight counts, and where it is: no change of values, of their signs or of
     their order keeps the fingerprint. Processors with instructions for SHA-256 (all of Apple
@@ -23,6 +25,8 @@ def fingerprint(model: OpenELM) -> str:
     from concurrent.futures import ThreadPoolExecutor
     from hashlib import sha256
 
+    if isinstance(model, str):
+        return model
     values = {"config": model.config.to_dict()}
     whole = sha256(json.dumps(values, sort_keys=True).encode())
     threads = min(cpu_count() or 1, 8)

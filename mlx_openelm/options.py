@@ -192,9 +192,6 @@ def fits(cache: KVCache, model: OpenELM) -> None:
     if cache.made_for is not None:
         from .fingerprint import fingerprint
 
-        made_for = cache.made_for
-        if not isinstance(made_for, str):
-            made_for = fingerprint(made_for)
-        if made_for != fingerprint(model):
+        if fingerprint(cache.made_for) != fingerprint(model):
             raise InputError("the prompt cache is another model's")
     cache.made_for = model

@@ -1,4 +1,4 @@
-"""How many tokens to draft: numbers in, a number out, no model in sight."""
+"""Chooses how many tokens to draft, from measured times and acceptance rates."""
 
 from __future__ import annotations
 

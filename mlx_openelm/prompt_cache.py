@@ -1,4 +1,4 @@
-"""A text's keys and values, kept for the next text that begins like it: in memory, or in a file."""
+"""The KV cache of a text, kept in memory or in a file for the next text with the same prefix."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["PromptCache", "fingerprint"]
 
 
 class PromptCache:
-    """What the model has read, and its keys and values: give it to `stream_generate` every time.
+    """The tokens of the last text and its KV cache; pass it to every `stream_generate`.
 
-    A prompt then costs only what follows the longest beginning that it shares with the text before
-    it, answers included. The result is that of reading it all: what isn't shared is trimmed away.
+    Of a prompt, only what follows the longest prefix that it shares with the last text (prompt and
+    answer) is computed. The rest of the cache is trimmed, so the result is that of a new cache.
 
     Args:
         max_kv_size, kv_bits: as in `OpenELM.make_cache`. A context that has slid can't be trimmed:
-            it serves a prompt that goes on with it, and any other is read anew.
+            a prompt that doesn't extend it is computed from its first token.
 
     Attributes:
         cache: the keys and values.
@@ -35,7 +35,7 @@ class PromptCache:
         self.model = model
         self.cache = model.make_cache(max_kv_size, kv_bits)
         self.tokens: list[int] = []
-        self._fingerprint: str | None = None  # of the model, once somebody needs it
+        self._fingerprint: str | None = None  # of the model; computed when first needed
 
     @property
     def held(self) -> list[int]:
@@ -48,9 +48,9 @@ class PromptCache:
         return self.cache.scheme.bits if self.cache.scheme else None
 
     def begin(self, prompt: Sequence[int]) -> int:
-        """Keep of the cache what `prompt` shares with it; returns how many tokens that are.
+        """Trim the cache to the prefix shared with `prompt`; returns its length in tokens.
 
-        At least one of the prompt is left, for the logits after it.
+        At least the last token of the prompt isn't counted: its logits are needed.
         """
         shared = 0
         for mine, theirs in zip(self.held, prompt[:-1], strict=False):

@@ -130,10 +130,6 @@ class Matrix:
             **self.scheme.to_dict(),
         )
 
-    def add_to(self, y: mx.array, x: mx.array) -> mx.array:
-        """`y` [..., rows] and `x` [..., columns] → `y + x @ matrix.T`."""
-        return mx.addmm(y, x, self.transposed) if self.scheme is None else y + self(x)
-
     def dequantize(self, dtype: mx.Dtype) -> Matrix:
         """The same matrix unquantized, in `dtype`."""
         return self if self.scheme is None else Matrix(self._values(..., dtype))

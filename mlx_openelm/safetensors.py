@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
+from .dtypes import dtype_name
 from .errors import InputError
 from .files import file_size, parse_json, read_range, shown
 from .names import canonical_name
@@ -49,7 +50,13 @@ DTYPES: dict[str, tuple[str, int]] = {
     "F4": ("float4_e2m1fn", 4),
 }
 BITS = dict(DTYPES.values())
+_CODES = {name: code for code, (name, _) in DTYPES.items()}
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights may have
+
+
+def dtype_code(dtype: mx.Dtype) -> str:
+    """The name that safetensors has for an MLX dtype, such as "BF16"."""
+    return _CODES[dtype_name(dtype)]
 
 
 class Stored(Protocol):

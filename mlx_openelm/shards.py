@@ -17,17 +17,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from .files import sync
+from .safetensors import dtype_code
 
 SHARD_BYTES = 1 << 30
-
-# MLX's dtypes by the names that the format has for them
-_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
 
 
 @dataclass(frozen=True)
@@ -133,8 +125,8 @@ def _write_header(file: BinaryIO, shard: Mapping[str, Spec], metadata: Mapping[s
     offset = 0
     for name, spec in shard.items():
         offsets = [offset, offset + spec.nbytes]
-        entry = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
-        header[name] = entry
+        dtype = dtype_code(spec.dtype)
+        header[name] = {"dtype": dtype, "shape": spec.shape, "data_offsets": offsets}
         offset += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -33,12 +33,12 @@ SURE_ENOUGH = 0.5  # the acceptance that makes it worth to wait whether a passag
 
 @dataclass
 class Speculation:
-    """What drafting has brought so far.
+    """Statistics of speculative decoding so far.
 
     Attributes:
-        tokens: generated.
-        steps: of the model, that gave them.
-        drafted, accepted: tokens that were proposed, and that held.
+        tokens: generated tokens.
+        steps: steps of the model that they took.
+        drafted, accepted: tokens that were proposed, and those that the model accepted.
     """
 
     tokens: int = 0
@@ -48,7 +48,7 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """The share of drafted tokens that held."""
+        """The share of drafted tokens that were accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property

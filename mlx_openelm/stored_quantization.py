@@ -11,7 +11,7 @@ from .names import canonical_name, droppable
 from .quantization import Quantization, Scheme
 from .safetensors import FLOATS, Stored
 
-# `quant_method` in a config.json of transformers -> what people call it
+# `quant_method` in a config.json of transformers -> its usual name
 METHODS = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
@@ -58,7 +58,7 @@ def stored_quantization(values: Mapping[str, Any], where: str) -> Quantization |
 
 
 def foreign_method(values: Mapping[str, Any]) -> str | None:
-    """What a `config.json` says of another program's quantization, such as "GPTQ", else None.
+    """The other program's quantization that a `config.json` names, such as "GPTQ", else None.
 
     transformers writes a `quant_method` into `quantization_config` (bitsandbytes before 0.40 did
     not), and mlx-lm writes none. It says little: the entry often stays when weights are floats

@@ -44,7 +44,7 @@ class GenerationResponse:
         finish_reason: "stop" after an end-of-sequence token or a stop string, "length" when
             `max_tokens` or the context is used up, None while there is more.
         cached_tokens: those of the prompt that a `PromptCache` held already.
-        speculation: what drafting has brought so far; None without drafts.
+        speculation: statistics of speculative decoding so far; None without drafts.
     """
 
     text: str

@@ -79,10 +79,10 @@ def drop_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def print_json(value: Any, indent: int | None = None) -> None:
+def print_json(value: Any) -> None:
     """Print a value as JSON, in ASCII where standard output isn't Unicode."""
     unicode = _codec(sys.stdout.encoding).startswith("utf")
-    print(json.dumps(value, ensure_ascii=not unicode, indent=indent))
+    print(json.dumps(value, ensure_ascii=not unicode))
 
 
 def read_stdin() -> str:

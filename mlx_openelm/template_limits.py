@@ -1,4 +1,4 @@
-"""How large the texts and lists may get that a stranger's chat template makes on its way."""
+"""Limits on the texts, lists and numbers that an untrusted chat template makes."""
 
 from __future__ import annotations
 

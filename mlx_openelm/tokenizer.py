@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 
 from .added_tokens import Declared, content, declared
 from .chat import CHAT_TEMPLATE as CHAT_TEMPLATE
-from .chat import choose_template, read_chat_template, render_chat
+from .chat import choose_template, render_chat
+from .chat_files import read_chat_template
 from .detokenizer import StreamingDetokenizer
 from .errors import InputError
 from .files import user_path

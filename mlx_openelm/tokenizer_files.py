@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .added_tokens import content, declared, read_token
-from .chat import CHAT_TEMPLATE, named_templates, read_chat_template, template_files
+from .chat import CHAT_TEMPLATE
+from .chat_files import TEMPLATE_FILE, named_templates, read_chat_template, template_files
 from .config import check_token_ids, token_ids
 from .errors import InputError
-from .files import find_in, read_bytes, read_json
+from .files import file_size, find_in, read_bytes, read_json
 from .sentencepiece_model import (
     parse_sentencepiece,
     to_tokenizer_json,
@@ -22,21 +23,32 @@ from .vocabulary import added_to_sentencepiece, read_sentencepiece
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
-CHAT = "chat_template.jinja"
 
 
-def find_tokenizer(directory: Path) -> Path:
-    """The directory's `tokenizer.json`, else its `tokenizer.model`.
+def tokenizer_file(directory: Path) -> Path | None:
+    """The directory's `tokenizer.json`, else its `tokenizer.model`, else None.
 
-    In this order as in transformers: a `tokenizer.model` beside a `tokenizer.json` may lack the
-    added tokens.
+    This is transformers' order: a `tokenizer.model` beside a `tokenizer.json` may lack the added
+    tokens.
 
     Raises:
-        InputError: when it has neither.
+        InputError: when it is not a regular file, or a link to somewhere outside the directory.
     """
     for name in (JSON, MODEL):
         if path := find_in(directory, name):
+            file_size(path)
             return path
+    return None
+
+
+def find_tokenizer(directory: Path) -> Path:
+    """As `tokenizer_file`, for a directory that must have a tokenizer.
+
+    Raises:
+        InputError: as `tokenizer_file`, and when there is none.
+    """
+    if path := tokenizer_file(directory):
+        return path
     raise InputError(
         f"{directory}: no tokenizer.model or tokenizer.json; "
         "OpenELM uses LLaMA's tokenizer: name one with --tokenizer PATH_OR_REPO"
@@ -177,7 +189,7 @@ def write_tokenizer_files(
         if CONFIG in made:
             made[CONFIG]["chat_template"] = CHAT_TEMPLATE
         else:
-            made[CHAT] = CHAT_TEMPLATE
+            made[TEMPLATE_FILE] = CHAT_TEMPLATE
     for name, path in files.items():
         if name not in made:
             copy_file(path, directory / name)

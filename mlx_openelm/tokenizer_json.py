@@ -1,7 +1,7 @@
-"""A stranger's `tokenizer.json`: what of it decides the ids, checked before it is used.
+"""Checks an untrusted `tokenizer.json` before the tokenizers library parses it.
 
 The `tokenizers` package panics, runs for hours or takes all memory on some files that it accepts.
-So every part is on a list here, and what could do that isn't.
+So every part must be on a list here, which leaves out those that could do that.
 """
 
 from __future__ import annotations

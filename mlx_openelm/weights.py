@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .config import OpenELMConfig
+from .dtypes import dtype_name
 from .errors import InputError
 from .quantization import Matrix, Quantization
 from .shapes import tensor_shapes
@@ -64,11 +65,6 @@ def dequantize(weights: Weights, dtype: mx.Dtype, multiplies: Callable[[Matrix],
 
 Kind = mx.Dtype | mx.DtypeCategory
 
-
-def _name(kind: Kind) -> str:
-    return str(kind).removeprefix("mlx.core.")
-
-
 _MATRICES = {"qkv_proj": "attn.", "out_proj": "attn.", "proj_1": "ffn.", "proj_2": "ffn."}
 _VECTORS = {"attn_norm": "", "ffn_norm": "", "q_norm": "attn.", "k_norm": "attn."}
 
@@ -99,8 +95,8 @@ def make_weights(
                 f"tensor {name} has the shape {list(array.shape)}; {list(shape)} is expected"
             )
         if not mx.issubdtype(array.dtype, kind):
-            expected = "floating point" if kind == mx.floating else _name(kind)
-            raise InputError(f"tensor {name} is {_name(array.dtype)}; {expected} is expected")
+            expected = "floating point" if kind == mx.floating else dtype_name(kind)
+            raise InputError(f"tensor {name} is {dtype_name(array.dtype)}; {expected} is expected")
         # Kernels read rows of values that lie side by side.
         keeps = kind != mx.floating or (as_stored and len(shape) == 2)
         return mx.contiguous(array if keeps else array.astype(dtype))

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_openelm import config
 from mlx_openelm.benchmarks import conversion
-from mlx_openelm.benchmarks.checkpoints import write_sharded
+from mlx_openelm.benchmarks.checkpoints import random_checkpoint
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.shapes import tensor_shapes
@@ -28,9 +28,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> OpenELMConfig:
     return OpenELMConfig.from_name("OpenELM-270M", 50)
 
 
-def test_a_random_directory_has_the_models_tensors(tiny: OpenELMConfig, tmp_path: Path) -> None:
-    write_sharded(tiny, tmp_path / "hf")
-    tensors = open_source(tmp_path / "hf").tensors
+def test_a_random_checkpoint_has_the_models_tensors(tiny: OpenELMConfig) -> None:
+    tensors = random_checkpoint(tiny).tensors
     assert {name: t.shape for name, t in tensors.items()} == tensor_shapes(tiny)
     embeddings = tensors["transformer.token_embeddings.weight"].read()
     assert 0.015 < embeddings.square().mean().item() ** 0.5 < 0.025

@@ -242,3 +242,70 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k",
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+OUT_OF_MEMORY = """
+import resource
+
+import mlx.core as mx
+from mlx_openelm import OpenELMError
+from mlx_openelm.backends import cpu
+from mlx_openelm.quantization import Matrix
+
+def ones(rows, columns, dtype=mx.float32):
+    array = mx.ones((rows, columns), dtype)
+    mx.eval(array)
+    return array
+
+wide = ones({count}, {columns}), Matrix(ones({rows}, {columns}, mx.bfloat16))
+small = ones(32, 4096), Matrix(ones(512, 4096, mx.bfloat16))
+cpu.multiply(*small)  # starts the threads
+status = open("/proc/self/status").read().split()
+size = 1024 * int(status[status.index("VmSize:") + 1])
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + ({allowed} << 20), most))
+try:
+    cpu.multiply(*wide)
+except OpenELMError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+print(mx.all(cpu.multiply(*small) == 4096).item(), cpu.multiply(*wide)[0, 0].item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "columns", "allowed"),
+    [
+        pytest.param(200_000, 8, 128, 40, id="the caller's panels, 98 MiB"),
+        pytest.param(9, 256, 1 << 18, 40, id="blocks of 48 MiB or more on each thread"),
+    ],
+)
+def test_running_out_of_memory_is_an_error(
+    count: int, rows: int, columns: int, allowed: int
+) -> None:
+    script = OUT_OF_MEMORY.format(count=count, rows=rows, columns=columns, allowed=allowed)
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        "out of memory: give the prompt in shorter steps (prefill_step_size) or fewer sequences",
+        f"True {float(columns)}",
+    ]
+
+
+def test_buffers_of_a_long_prompt_are_freed_by_the_steps_after_it() -> None:
+    def resident() -> int:  # MiB
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+        )
+
+    matrix = Matrix(mx.ones((8, 128)))
+    x = mx.ones((400_000, 128))  # 195 MiB, and as much again in panels
+    cpu.multiply(x, matrix)
+    before = resident()
+    cpu.multiply(x[:9], matrix)
+    assert before - resident() > 150

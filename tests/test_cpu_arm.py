@@ -16,6 +16,7 @@ from mlx_openelm import OpenELM, OpenELMConfig, device
 from mlx_openelm.backends import cpu
 from mlx_openelm.backends.cpu import library
 from mlx_openelm.cache import KVCache
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.quantization import Matrix, Quantization, Scheme, quantize
 from mlx_openelm.weights import random_arrays
 
@@ -57,7 +58,7 @@ def packed(*parts: object) -> bytes:
 def matrix(m: Matrix) -> bytes:
     rows, columns = m.weight.shape
     if m.scheme is None:
-        kind = library.KINDS[str(m.weight.dtype).removeprefix("mlx.core.")]
+        kind = library.KINDS[dtype_name(m.weight.dtype)]
         raw = m.weight if kind == 0 else m.weight.view(mx.uint16)
         return packed(kind, 1, rows, columns, raw)
     bits = m.scheme.bits

@@ -14,6 +14,7 @@ import pytest
 from mlx_openelm import InputError, OpenELM, OpenELMError, device, load
 from mlx_openelm.backends import cpu
 from mlx_openelm.cache import FIRST_CAPACITY
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.model import LENGTHS, SHORT
 from mlx_openelm.quantization import Quantization, Scheme, quantize
 
@@ -248,7 +249,7 @@ def test_weights_that_are_not_floating_point_are_refused(name: str, dtype: mx.Dt
     weights = reference.random_weights(CONFIGS["uneven"], seed=0)
     arrays = {key: mx.array(value) for key, value in weights.items()}
     arrays[name] = (arrays[name] * 100).astype(dtype)
-    kind = str(dtype).removeprefix("mlx.core.")
+    kind = dtype_name(dtype)
     with pytest.raises(InputError, match=f"tensor {name} is {kind}; floating point is expected"):
         OpenELM(CONFIGS["uneven"], arrays)
 

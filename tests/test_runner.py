@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from mlx_openelm.benchmarks.measuring import measure_model, parting
 from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload
 from mlx_openelm.benchmarks.results import Calibration, Machine, Results, Trial
-from mlx_openelm.benchmarks.runner import Worker, in_turns, workers
+from mlx_openelm.benchmarks.runner import Worker
 from mlx_openelm.benchmarks.session import Session, busy, conditions
 from mlx_openelm.benchmarks.startup import seconds_to_first_token
 from mlx_openelm.benchmarks.workloads import Plan
@@ -35,8 +36,7 @@ NOWHERE = Path("nowhere")
 
 
 def test_noise_does_not_get_between_the_answers() -> None:
-    with workers({"chatty": (CHATTY, NOWHERE)}) as started:
-        worker = started["chatty"]
+    with closing(Worker(CHATTY, NOWHERE)) as worker:
         assert worker.ready["note"] == "chats"
         measured = worker.run(WORK)
         assert measured["tokens"] == [[5, 6, 7, 8]]
@@ -46,8 +46,7 @@ def test_noise_does_not_get_between_the_answers() -> None:
 
 
 def test_a_crash_is_told_with_its_last_words() -> None:
-    with workers({"crashing": (CRASHING, NOWHERE)}) as started:
-        worker = started["crashing"]
+    with closing(Worker(CRASHING, NOWHERE)) as worker:
         worker.run(WORK)
         for _ in range(2):  # and it stays told
             with pytest.raises(OpenELMError, match="crashing: out of luck"):
@@ -55,8 +54,7 @@ def test_a_crash_is_told_with_its_last_words() -> None:
 
 
 def test_a_hang_is_ended() -> None:
-    with workers({"hanging": (HANGING, NOWHERE)}) as started:
-        worker = started["hanging"]
+    with closing(Worker(HANGING, NOWHERE)) as worker:
         start = time.monotonic()
         with pytest.raises(OpenELMError, match=r"hanging: took longer than 0.3 s"):
             worker.run(WORK, 0.3)
@@ -67,8 +65,7 @@ def test_an_interrupt_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> str:
         raise KeyboardInterrupt
 
-    with workers({"chatty": (CHATTY, NOWHERE)}) as started:
-        worker = started["chatty"]
+    with closing(Worker(CHATTY, NOWHERE)) as worker:
         assert worker._process.stdout is not None
         monkeypatch.setattr(worker._process.stdout, "readline", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -81,30 +78,15 @@ def test_an_interrupt_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refusal_is_told_and_can_be_followed_by_more() -> None:
-    with workers({"raising": (RAISING, NOWHERE)}) as started:
+    with closing(Worker(RAISING, NOWHERE)) as worker:
         for _ in range(2):
             with pytest.raises(OpenELMError, match="raising: ValueError: no such thing"):
-                started["raising"].run(WORK)
+                worker.run(WORK)
 
 
 def test_what_cannot_load_says_why() -> None:
     with pytest.raises(OpenELMError, match="stillborn: MemoryError: no room"):
         Worker(STILLBORN, NOWHERE)
-
-
-def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    run = Worker.run
-
-    def noted(self: Worker, workload: Workload, limit: float | None = None) -> dict[str, object]:
-        order.append(self.peer.rpartition(".")[2])
-        return run(self, workload, limit)
-
-    monkeypatch.setattr(Worker, "run", noted)
-    with workers({"a": (CHATTY, NOWHERE), "b": (OTHER, NOWHERE)}) as started:
-        found = in_turns(started, WORK, trials=2)
-    assert order == ["chatty", "other"] * 3
-    assert {name: len(trials) for name, trials in found.items()} == {"a": 2, "b": 2}
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, model: str, *peers: str) -> Results:

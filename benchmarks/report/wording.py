@@ -155,8 +155,8 @@ def machine_label(machine: Machine) -> str:
 def machine_facts(machine: Machine) -> dict[str, str]:
     """All that is known of a machine; what can't be read says so."""
 
-    def known(value: object, unit: str = "") -> str:
-        return UNKNOWN if value is None else f"{value}{unit}"
+    def known(value: object) -> str:
+        return UNKNOWN if value is None else str(value)
 
     memory, nominal = machine.memory_bytes, machine.nominal_bandwidth
     facts = {

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from mlx_openelm.names import EMBEDDINGS
+from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.shapes import tensor_shapes
 
 from ..checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     source, config = checkpoint.source, checkpoint.config
     tensors = checkpoint.tensors
     if config.share_input_output_layers:
-        tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+        tensors = {name: t for name, t in tensors.items() if name != HEAD}
     check_shapes(tensors, config)
     parameters = sum(math.prod(t.shape) for t in tensors.values())
     dtypes = Counter(t.dtype for t in tensors.values())

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.tokenizer_files import carry_generation_config, carry_tokenizer
 
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint
-from ..floats import cast, dtype_name
+from ..floats import cast
 from ..outputs import MARK
 from ..sources.lazy import DTYPES
 

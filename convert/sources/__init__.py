@@ -1,4 +1,4 @@
-"""Other people's checkpoints, each format with its reader, all behind `open_source`."""
+"""Readers of checkpoints, one per format; `open_source` chooses one."""
 
 from __future__ import annotations
 

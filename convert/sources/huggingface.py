@@ -14,6 +14,7 @@ from mlx_openelm.files import find_in, read_json
 from mlx_openelm.names import map_names, with_embeddings
 from mlx_openelm.quantization import Quantization
 from mlx_openelm.stored_quantization import check_unpacked, foreign_method, stored_quantization
+from mlx_openelm.tokenizer_files import tokenizer_file
 from mlx_openelm.weight_files import APPLE_MLX, PYTORCH, SAFETENSORS, find_weights, join_tensors
 
 from .lazy import LazyTensor, Source
@@ -40,7 +41,7 @@ def open_huggingface(path: Path) -> Source:
         path,
         dequantized(tensors, quantization, str(path)),
         None if file is None else OpenELMConfig.from_dict(values, str(file)),
-        _tokenizer(path),
+        tokenizer_file(path),
         quantization,
         files.notes,
     )
@@ -55,11 +56,6 @@ def open_parts(path: Path, tied: bool) -> dict[str, LazyTensor]:
     files = find_weights(path)
     tensors, _ = map_names(join_tensors(files, _OPENERS[files.form]), quantized=True)
     return with_embeddings(tensors, tied)
-
-
-def _tokenizer(path: Path) -> Path | None:
-    found = (find_in(path, name) for name in ("tokenizer.model", "tokenizer.json"))
-    return next((file for file in found if file is not None), None)
 
 
 def _kind(form: str, path: Path, quantization: Quantization | None) -> str:

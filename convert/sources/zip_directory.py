@@ -1,6 +1,6 @@
 """Where the members of a zip file lie: for files that are read in place, nothing unpacked.
 
-Stricter than `zipfile`, as suits a stranger's file: members have unique, relative names and don't
+Stricter than `zipfile`, as suits an untrusted file: members have unique, relative names and don't
 overlap. Format: PKWARE's APPNOTE 6.3, sections 4.3 and 4.5.3.
 """
 

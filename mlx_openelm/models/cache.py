@@ -57,8 +57,7 @@ def save_prompt_cache(
     one = given_cache(cache)
     if one.made_for is None:
         raise InputError("a cache that no model made can't be saved; use make_prompt_cache(model)")
-    made_for = one.made_for if isinstance(one.made_for, str) else fingerprint(one.made_for)
-    write_cache(file_name, one, made_for, metadata=metadata)
+    write_cache(file_name, one, fingerprint(one.made_for), metadata=metadata)
 
 
 @overload

@@ -8,8 +8,9 @@ from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 VARIABLE = "MLX_OPENELM_CPU"  # "0": compute with MLX's own operations
+BAD_TOKEN, NO_MEMORY = 1, 2  # what a function returns; 0: done
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, 4: 3, 8: 4}
 """Of a matrix: the dtype of its values, or the bits of packed ones."""
 
@@ -113,7 +114,6 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_file()), mode=ctypes.RTLD_LOCAL)
     library.openelm_compute.argtypes = [POINTER(NetworkStruct), POINTER(StepStruct)]
     library.openelm_multiply.argtypes = [c_void_p, c_int, POINTER(Matrix), c_void_p, c_int]
-    library.openelm_multiply.restype = None
     library.openelm_set_threads.restype = None
     library.openelm_set_threads(threads())
     return library

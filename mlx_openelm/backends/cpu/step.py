@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ...errors import InputError
+from ...dtypes import dtype_name
+from ...errors import InputError, OpenELMError
 from . import library
 from .library import KINDS
 
@@ -25,7 +26,7 @@ def can_multiply(matrix: Matrix) -> bool:
     """Whether the library multiplies a matrix as it is stored."""
     scheme = matrix.scheme
     if scheme is None:
-        return _dtype(matrix.weight) in KINDS
+        return dtype_name(matrix.weight.dtype) in KINDS
     words = matrix.weight.shape[1]  # eight are taken at once
     return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
@@ -34,6 +35,9 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     """`x` [..., columns] → `x @ matrix.T` [..., rows], float32; evaluates it.
 
     The matrix is one that `can_multiply` accepts.
+
+    Raises:
+        OpenELMError: when memory runs out.
     """
     keep = _Memory()
     struct = _matrix(matrix, keep)
@@ -41,7 +45,7 @@ def multiply(x: mx.array, matrix: Matrix) -> mx.array:
     y = mx.zeros((*x.shape[:-1], struct.rows))
     mx.eval(x, y)
     rows = x.size // struct.columns
-    library.load().openelm_multiply(_address(x), rows, byref(struct), _address(y), 0)
+    _check(library.load().openelm_multiply(_address(x), rows, byref(struct), _address(y), 0))
     return y
 
 
@@ -95,6 +99,7 @@ class Network:
 
         Raises:
             InputError: when a token id is out of range.
+            OpenELMError: when memory runs out.
         """
         batch, length = tokens.shape
         capacity = cache.capacity
@@ -123,9 +128,18 @@ class Network:
             step.starts = _address(starts)
         if cache.max_size is not None:
             step.mask, step.slot = _address(mask), seen.slot.item()
-        if self._library.openelm_compute(byref(self._struct), byref(step)):
+        status = self._library.openelm_compute(byref(self._struct), byref(step))
+        if status == library.BAD_TOKEN:
             raise InputError(f"a token id is not below the model's {self._vocab_size}")
+        _check(status)
         return logits
+
+
+def _check(status: int) -> None:
+    if status == library.NO_MEMORY:
+        raise OpenELMError(
+            "out of memory: give the prompt in shorter steps (prefill_step_size) or fewer sequences"
+        )
 
 
 class _Memory:
@@ -150,7 +164,7 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
     scheme = matrix.scheme
     rows, columns = matrix.weight.shape
     if scheme is None:
-        kind = KINDS[_dtype(matrix.weight)]
+        kind = KINDS[dtype_name(matrix.weight.dtype)]
         return library.Matrix(weight=keep(matrix.weight), kind=kind, rows=rows, columns=columns)
     assert matrix.scales is not None and matrix.biases is not None
     return library.Matrix(
@@ -180,7 +194,3 @@ def _caches(cache: KVCache) -> ctypes.Array[library.Cache]:
 def _address(array: mx.array) -> int:
     """Where the values of an evaluated, contiguous array are."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array)))  # type: ignore[arg-type]
-
-
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")

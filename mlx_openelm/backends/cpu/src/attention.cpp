@@ -69,11 +69,11 @@ void softmax(float* scores, std::ptrdiff_t stride, const Span* spans, const Seen
   for (int t = 0; t < part.tokens; t++, scores += stride) {
     const Span s = spans[t];
     const std::uint8_t* mask = mask_of(seen, part.start + t, capacity);
-    float *its = scores + (s.first - all.first), *end = scores + (s.end - all.first);
-    const float total = loops.exponentials(its, mask == nullptr ? nullptr : mask + s.first, s.end - s.first);
+    float *row = scores + (s.first - all.first), *end = scores + (s.end - all.first);
+    const float total = loops.exponentials(row, mask == nullptr ? nullptr : mask + s.first, s.end - s.first);
     const float scale = 1 / total;
-    std::fill(scores, its, 0.0f);
-    for (float* p = its; p < end; p++) *p *= scale;
+    std::fill(scores, row, 0.0f);
+    for (float* p = row; p < end; p++) *p *= scale;
     std::fill(end, scores + stride, 0.0f);
   }
 }
@@ -115,12 +115,12 @@ void attend(const float* queries, const Cache& cache, Seen seen, float* y, Shape
         continue;
       }
       for (int t = 0; t < part.tokens; t++, x += dim, out += y_stride) {
-        const Span its = scratch.spans[t];
+        const Span span = scratch.spans[t];
         const std::uint8_t* mask = mask_of(seen, start + t, cache.capacity);
-        const std::ptrdiff_t skipped = (its.first - all.first) * dim;
-        const int count = its.end - its.first;
+        const std::ptrdiff_t skipped = (span.first - all.first) * dim;
+        const int count = span.end - span.first;
         loops.score(x, keys + skipped, scores, count, s.dim);
-        const float total = loops.exponentials(scores, mask == nullptr ? nullptr : mask + its.first, count);
+        const float total = loops.exponentials(scores, mask == nullptr ? nullptr : mask + span.first, count);
         loops.average(scores, values + skipped, out, count, s.dim, count ? 1 / total : 0);
       }
     }

@@ -9,9 +9,16 @@
 
 #include "openelm.h"
 
-/* At least n values; what was there may be lost. */
+constexpr std::size_t KEPT = 4 << 20; /* values: a larger buffer is freed when little of it is used */
+
+/* Makes v hold at least n values; its old values are lost. A long prompt's buffers, which are kept
+   for the thread's next step, shrink in the steps of one token that follow it. */
 inline float* room(std::vector<float>& v, std::ptrdiff_t n) {
-  if (v.size() < static_cast<std::size_t>(n)) v.resize(n);
+  const std::size_t size = static_cast<std::size_t>(n);
+  if (v.size() < size || (v.size() > KEPT && size < v.size() / 64)) {
+    std::vector<float>().swap(v); /* first, so that both are never allocated */
+    v.resize(size);
+  }
   return v.data();
 }
 
@@ -36,9 +43,9 @@ struct Cache {
   int capacity, slot, bits, group;
 };
 
-/* x [batch, length, heads, dim] → queries [batch, query_heads, length, dim], normed, turned by
-   RoPE and scaled; keys and values go into the cache. `angles` [batch or 1, length, dim]: cosines,
-   then sines. Norms null: none. */
+/* x [batch, length, heads, dim] → queries [batch, query_heads, length, dim], normalized, rotated
+   (RoPE) and scaled; keys and values go into the cache. `angles` [batch or 1, length, dim]:
+   cosines, then sines. A norm that is null isn't applied. */
 void split_heads(const float* x, const float* q_norm, const float* k_norm, const float* angles,
                  std::ptrdiff_t angles_stride, float* queries, const Cache& cache, Shape s, float eps);
 

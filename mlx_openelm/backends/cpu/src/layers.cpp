@@ -10,7 +10,7 @@
 namespace {
 
 /* Writes one head of keys or values [dim] to its slot. */
-void keep(const Cache& c, std::ptrdiff_t head, int slot, const float* x, int dim) {
+void write_slot(const Cache& c, std::ptrdiff_t head, int slot, const float* x, int dim) {
   const std::ptrdiff_t at = (head * c.capacity + slot) * dim;
   if (c.bits == 32)
     std::copy_n(x, dim, static_cast<float*>(c.arrays.values) + at);
@@ -39,7 +39,8 @@ void quantize(const float* x, std::ptrdiff_t groups, int group, int bits, std::u
     for (int i = 0; i < group; i += in_word) {
       std::uint32_t word = 0;
       for (int n = 0; n < in_word; n++) {
-        const float q = std::min(std::max(std::rint((x[i + n] - bias) / scale), 0.0f), bins);
+        /* In this order of arguments, NaN becomes 0: converting it would be undefined. */
+        const float q = std::min(bins, std::max(0.0f, std::rint((x[i + n] - bias) / scale)));
         word |= static_cast<std::uint32_t>(q) << (bits * n);
       }
       packed[i / in_word] = word;
@@ -55,22 +56,22 @@ void split_heads(const float* x, const float* q_norm, const float* k_norm, const
   const std::ptrdiff_t dim = s.dim, values = (s.query_heads + 2 * s.kv_heads) * dim;
   by_rows(static_cast<std::ptrdiff_t>(s.batch) * s.length, values,
           [=](std::ptrdiff_t first, std::ptrdiff_t end) {
-            static thread_local std::vector<float> turned;
+            static thread_local std::vector<float> rotated;
             for (std::ptrdiff_t token = first; token < end; token++) {
               const std::ptrdiff_t b = token / s.length, t = token % s.length;
-              const float *head = x + token * values, *its = angles + b * angles_stride + t * dim;
+              const float *head = x + token * values, *cos_sin = angles + b * angles_stride + t * dim;
               float* q = queries + (b * s.query_heads * s.length + t) * dim;
               for (int h = 0; h < s.query_heads; h++, head += dim)
-                loops.rotate(head, q_norm, its, q + h * s.length * dim, s.dim, scale, eps);
+                loops.rotate(head, q_norm, cos_sin, q + h * s.length * dim, s.dim, scale, eps);
               const int slot = cache.slot + static_cast<int>(t);
               for (int h = 0; h < 2 * s.kv_heads; h++, head += dim) {
-                const float* kept = head;
+                const float* vector = head;
                 if (h < s.kv_heads) {
-                  float* y = room(turned, dim);
-                  loops.rotate(head, k_norm, its, y, s.dim, 1, eps);
-                  kept = y;
+                  float* y = room(rotated, dim);
+                  loops.rotate(head, k_norm, cos_sin, y, s.dim, 1, eps);
+                  vector = y;
                 }
-                keep(cache, b * 2 * s.kv_heads + h, slot, kept, s.dim);
+                write_slot(cache, b * 2 * s.kv_heads + h, slot, vector, s.dim);
               }
             }
           });

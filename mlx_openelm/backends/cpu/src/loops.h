@@ -13,6 +13,8 @@ struct Span {
   int first, end; /* slots of a cache: from `first` to before `end` */
 };
 
+constexpr int MAX_ROWS = 8, MAX_WIDTH = 32; /* of a tile */
+
 struct Loops {
   /* out [rows, width] = or += a [rows, k] · b [k, width]; rows are `stride`s apart. */
   using Tile = void(const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride,
@@ -45,7 +47,7 @@ struct Loops {
                    float eps);
   void (*swiglu)(const float* x, float* y, std::ptrdiff_t rows, int n);
   void (*silu)(float* x, std::ptrdiff_t n);
-  /* One head: normed by `weight` (null: not), times scale, turned by RoPE. `angles`: cos, sin. */
+  /* One head: normalized with `weight` (null: not), times scale, rotated (RoPE). `angles`: cos, sin. */
   void (*rotate)(const float* x, const float* weight, const float* angles, float* y, int dim,
                  float scale, float eps);
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define OPENELM_ABI 1
+#define OPENELM_ABI 2
 #define EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -68,11 +68,15 @@ EXPORT int openelm_abi(void);
 /* Threads that compute at the same time, the caller's included. */
 EXPORT void openelm_set_threads(int threads);
 
-/* Returns 0, or 1 if a token is not below vocab_size: then nothing was computed. */
+enum { OPENELM_OK, OPENELM_BAD_TOKEN, OPENELM_NO_MEMORY };
+
+/* Returns OPENELM_OK; OPENELM_BAD_TOKEN if a token id is negative or not below vocab_size, with
+   nothing computed; OPENELM_NO_MEMORY if memory for intermediate results ran out. */
 EXPORT int openelm_compute(const openelm_network *network, const openelm_step *step);
 
-/* For tests: y [count, rows] = x [count, columns] · Wᵀ, added to y if `add`. */
-EXPORT void openelm_multiply(const float *x, int count, const openelm_matrix *w, float *y, int add);
+/* y [count, rows] = x [count, columns] · Wᵀ, added to y if `add`. Returns OPENELM_OK or
+   OPENELM_NO_MEMORY. */
+EXPORT int openelm_multiply(const float *x, int count, const openelm_matrix *w, float *y, int add);
 
 #ifdef __cplusplus
 }

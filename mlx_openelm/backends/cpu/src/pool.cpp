@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 namespace {
 
@@ -21,6 +22,7 @@ struct Pool {
   std::atomic<int> threads{1}, workers{0}, sleeping{0};
   std::atomic_flag taken = ATOMIC_FLAG_INIT; /* by a caller */
   std::atomic<std::ptrdiff_t> left{0}, done{0};
+  std::atomic<bool> out_of_memory{false};
   Chunk* compute = nullptr;
   const void* context = nullptr;
 };
@@ -49,7 +51,11 @@ bool take() {
     if (left <= 0) return false;
   } while (!pool->left.compare_exchange_weak(left, left - 1));
   inside = true;
-  pool->compute(pool->context, left - 1);
+  try {
+    pool->compute(pool->context, left - 1);
+  } catch (const std::bad_alloc&) { /* thrown by pool_run when all chunks are done */
+    pool->out_of_memory.store(true);
+  }
   inside = false;
   pool->done.fetch_add(1);
   return true;
@@ -120,6 +126,7 @@ void pool_run(Chunk* compute, const void* context, std::ptrdiff_t count) {
   pool->compute = compute;
   pool->context = context;
   pool->done.store(0);
+  pool->out_of_memory.store(false);
   pool->left.store(count);
   wake();
   while (take()) {
@@ -130,5 +137,7 @@ void pool_run(Chunk* compute, const void* context, std::ptrdiff_t count) {
     else
       sched_yield();
   }
+  const bool out_of_memory = pool->out_of_memory.load();
   pool->taken.clear();
+  if (out_of_memory) throw std::bad_alloc();
 }

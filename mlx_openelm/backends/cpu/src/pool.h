@@ -13,7 +13,10 @@ int pool_threads();
 
 /* Computes chunks 0 to count - 1 in any order, on this thread and on idle workers; returns when
    all are done. Nested calls, and calls while another thread has the workers, compute on the
-   calling thread alone. */
+   calling thread alone.
+
+   Chunks throw nothing but std::bad_alloc. Then pool_run throws it, too, when no other thread is
+   computing a chunk any more. */
 void pool_run(Chunk* compute, const void* context, std::ptrdiff_t count);
 
 template <class F>

@@ -14,7 +14,6 @@ constexpr int FEW = 8;         /* rows; more are worth blocks in float32 */
 constexpr int FEW_AT_ONCE = 4; /* packed values are multiplied with so many rows at a time */
 constexpr int DEPTH = 256;     /* of a block: its part of the panel stays in the first cache */
 constexpr int STRIPS = 8;      /* of loops.rows rows of a matrix that are one chunk */
-constexpr int MAX_ROWS = 8, MAX_WIDTH = 32; /* of a tile */
 
 struct Scratch {
   std::vector<float> panels, rows, values, sums;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #include "kernels.h"
 #include "loops.h"
@@ -22,7 +23,7 @@ void norm(const float* x, const float* weight, float* y, std::ptrdiff_t rows, in
 }
 
 /* Cosines, then sines, of position · base^(-2i / dim) for each i up to dim / 2 → y [length, dim]. */
-void turn(int position, int length, float* y, int dim, double base) {
+void rope_cos_sin(int position, int length, float* y, int dim, double base) {
   const int half = dim / 2;
   std::vector<double> frequencies(half);
   for (int i = 0; i < half; i++) frequencies[i] = std::pow(base, -2.0 * i / dim);
@@ -56,31 +57,18 @@ void feed_forward(const openelm_layer& layer, bool glu, const float* h, std::ptr
   multiply(hidden, static_cast<int>(rows), layer.proj_2, x, true);
 }
 
-/* Keeps of x [batch, length, n] token `last` of each sequence: [batch, n]. */
-void keep_last(float* x, int batch, int length, int last, std::ptrdiff_t n) {
+/* x [batch, length, n] → token `last` of each sequence [batch, n], in place. */
+void select_last(float* x, int batch, int length, int last, std::ptrdiff_t n) {
   for (std::ptrdiff_t b = 0; b < batch; b++)
     std::copy_n(x + (b * length + last) * n, n, x + b * n);
 }
 
-}  // namespace
-
-int openelm_abi(void) { return OPENELM_ABI; }
-
-void openelm_set_threads(int threads) { pool_set_threads(threads); }
-
-void openelm_multiply(const float* x, int count, const openelm_matrix* w, float* y, int add) {
-  multiply(x, count, *w, y, add != 0);
-}
-
-int openelm_compute(const openelm_network* network, const openelm_step* step) {
+void compute(const openelm_network& net, const openelm_step* step) {
   static thread_local Workspace space;
-  const openelm_network& net = *network;
   const int batch = step->batch, dim = net.model_dim, head_dim = net.head_dim;
   int length = step->length;
   std::ptrdiff_t rows = static_cast<std::ptrdiff_t>(batch) * length;
 
-  for (std::ptrdiff_t i = 0; i < rows; i++)
-    if (step->tokens[i] < 0 || step->tokens[i] >= net.token_embeddings.rows) return 1;
   float* x = room(space.x, rows * dim);
   float* h = room(space.h, rows * dim);
   for (std::ptrdiff_t i = 0; i < rows; i++)
@@ -90,7 +78,7 @@ int openelm_compute(const openelm_network* network, const openelm_step* step) {
   const std::ptrdiff_t angles_size = static_cast<std::ptrdiff_t>(length) * head_dim;
   float* angles = room(space.angles, shifts * angles_size);
   for (int b = 0; b < shifts; b++)
-    turn(step->offset - (step->starts == nullptr ? 0 : step->starts[b]), length,
+    rope_cos_sin(step->offset - (step->starts == nullptr ? 0 : step->starts[b]), length,
          angles + b * angles_size, head_dim, net.rope_base);
 
   for (int i = 0; i < net.num_layers; i++) {
@@ -104,15 +92,15 @@ int openelm_compute(const openelm_network* network, const openelm_step* step) {
     split_heads(qkv, layer.q_norm, layer.k_norm, angles,
                 step->starts == nullptr ? 0 : angles_size, queries, cache, shape, net.eps);
     Seen seen = {step->starts, step->mask, step->offset};
-    if (i == net.num_layers - 1 && step->last >= 0) { /* only this token goes on */
-      keep_last(queries, batch * layer.query_heads, length, step->last, head_dim);
-      keep_last(x, batch, length, step->last, dim);
+    if (i == net.num_layers - 1 && step->last >= 0) { /* no other token's logits are needed */
+      select_last(queries, batch * layer.query_heads, length, step->last, head_dim);
+      select_last(x, batch, length, step->last, dim);
       seen.first += step->last;
       if (seen.mask != nullptr) seen.mask += static_cast<std::ptrdiff_t>(step->last) * step->capacity;
       shape.length = length = 1;
       rows = batch;
     }
-    float* attended = qkv; /* query heads are fewer than all */
+    float* attended = qkv; /* in its memory: there are fewer query heads than heads */
     attend(queries, cache, seen, attended, shape);
     multiply(attended, static_cast<int>(rows), layer.out_proj, x, true);
     norm(x, layer.ffn_norm, h, rows, dim, net.eps);
@@ -120,5 +108,33 @@ int openelm_compute(const openelm_network* network, const openelm_step* step) {
   }
   norm(x, net.norm, h, rows, dim, net.eps);
   multiply(h, static_cast<int>(rows), net.lm_head, step->logits, false);
-  return 0;
+}
+
+/* No exception may leave a C function. std::bad_alloc is the only one that the library throws. */
+template <class F>
+int guarded(const F& run) {
+  try {
+    run();
+    return OPENELM_OK;
+  } catch (const std::bad_alloc&) {
+    return OPENELM_NO_MEMORY;
+  }
+}
+
+}  // namespace
+
+int openelm_abi(void) { return OPENELM_ABI; }
+
+void openelm_set_threads(int threads) { pool_set_threads(threads); }
+
+int openelm_multiply(const float* x, int count, const openelm_matrix* w, float* y, int add) {
+  return guarded([=] { multiply(x, count, *w, y, add != 0); });
+}
+
+int openelm_compute(const openelm_network* network, const openelm_step* step) {
+  const std::ptrdiff_t tokens = static_cast<std::ptrdiff_t>(step->batch) * step->length;
+  for (std::ptrdiff_t i = 0; i < tokens; i++)
+    if (step->tokens[i] < 0 || step->tokens[i] >= network->token_embeddings.rows)
+      return OPENELM_BAD_TOKEN;
+  return guarded([=] { compute(*network, step); });
 }
