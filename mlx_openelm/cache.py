@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, kv_scheme, store
+from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, buffer_layout, kv_scheme, store
 from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
@@ -216,8 +216,11 @@ class KVCache:
         """
         if self._scheme_to_come and self.offset >= self._scheme_to_come[1]:
             self._quantize_now()
-        if self.batch not in (None, batch):
-            raise InputError(f"the cache holds {self.batch} sequences, the tokens are of {batch}")
+        held = self.batch or len(self._paddings) or batch
+        if held != batch:
+            raise InputError(f"the cache holds {held} sequences, the tokens are of {batch}")
+        if self.offset < 0:
+            raise InputError(f"the cache's offset was set to {self.offset}")
         room = self.room()
         if room is not None and length > room:
             raise InputError(
@@ -321,15 +324,16 @@ class KVCache:
         """Shape and dtype of each array of the `used` part of one sequence."""
         if length == 0:
             return {}
-        head_dim = self.config.head_dim
-        last: list[tuple[int, mx.Dtype]] = [(head_dim, self.dtype)]
-        if self.scheme is not None:
-            groups = head_dim // self.scheme.group_size
-            last = [(head_dim * self.scheme.bits // 32, mx.uint32), *[(groups, self.dtype)] * 2]
         return {
-            f"layers.{i}.{part}": ((1, 2 * heads, length, size), dtype)
+            f"layers.{i}.{part}": entry
             for i, heads in enumerate(self.config.num_kv_heads)
-            for part, (size, dtype) in enumerate(last)
+            for part, entry in enumerate(
+                buffer_layout(
+                    *(1, 2 * heads, length, self.config.head_dim),
+                    scheme=self.scheme,
+                    dtype=self.dtype,
+                )
+            )
         }
 
     def restore(self, arrays: Mapping[str, mx.array], offset: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, cast
+from ctypes import POINTER, byref
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from ...buffers import view
+from ...buffers import Buffer, buffer_layout, view
 from ...cache import KVCache
 from ...config import OpenELMConfig
 from ...errors import InputError
-from ...quantization import Matrix
+from ...quantization import Matrix, Scheme
 from ...weights import Weights
 from . import library
 from .library import KINDS
@@ -53,7 +54,7 @@ class Network:
 
     def __init__(self, config: OpenELMConfig, weights: Weights) -> None:
         self._library = library.load()
-        self._vocab_size = config.vocab_size
+        self._config = config
         self._memory = keep = _Memory()
         self._layers = (library.Layer * len(weights.layers))()
         for struct, layer, query_heads, kv_heads in zip(
@@ -71,7 +72,7 @@ class Network:
             token_embeddings=embeddings,
             lm_head=embeddings if tied else _matrix(weights.lm_head, keep),
             norm=keep.floats(weights.norm),
-            layers=cast(self._layers, POINTER(library.Layer)),
+            layers=ctypes.cast(self._layers, POINTER(library.Layer)),
             num_layers=len(weights.layers),
             model_dim=config.model_dim,
             head_dim=config.head_dim,
@@ -92,38 +93,79 @@ class Network:
             [B, L or 1, vocab_size] float32.
 
         Raises:
-            InputError: when a token id is out of range.
+            InputError: when a token id is out of range, or the cache is another model's.
         """
         batch, length = tokens.shape
-        capacity = cache.capacity
+        buffers, offset = self._buffers(cache), cache.offset
+        capacity, slot = buffers.capacity, offset
         tokens = mx.contiguous(tokens.astype(mx.int32))
-        logits = mx.zeros((batch, 1 if last_only else length, self._vocab_size))
+        logits = mx.zeros((batch, 1 if last_only else length, self._config.vocab_size))
         arrays = [tokens, logits]
-        step = library.StepStruct(
-            caches=_caches(cache),
-            batch=batch,
-            length=length,
-            offset=cache.offset,
-            slot=cache.offset,
-            capacity=capacity,
-            bits=cache.scheme.bits if cache.scheme else 32,
-            group=cache.scheme.group_size if cache.scheme else 1,
-            last=length - 1 if last_only else -1,
-        )
         if cache.starts is not None:
             arrays.append(starts := mx.contiguous(cache.starts))
         if cache.max_size is not None:
-            seen = view(mx.array(cache.offset), length, capacity, mx.array(cache.max_size))
+            seen = view(mx.array(offset), length, capacity, mx.array(cache.max_size))
             arrays += [mask := mx.contiguous(seen.mask[0].astype(mx.uint8)), seen.slot]
         mx.eval(arrays)
-        step.tokens, step.logits = _address(tokens), _address(logits)
-        if cache.starts is not None:
-            step.starts = _address(starts)
         if cache.max_size is not None:
-            step.mask, step.slot = _address(mask), seen.slot.item()
+            slot = cast("int", seen.slot.item())
+        if batch != buffers.batch or not 0 <= slot <= capacity - length:
+            raise InputError("the cache has no room for the step: another thread uses it, too")
+        step = library.StepStruct(
+            tokens=_address(tokens),
+            starts=None if cache.starts is None else _address(starts),
+            mask=None if cache.max_size is None else _address(mask),
+            caches=buffers.structs,
+            logits=_address(logits),
+            batch=batch,
+            length=length,
+            offset=offset,
+            slot=slot,
+            capacity=capacity,
+            bits=buffers.scheme.bits if buffers.scheme else 32,
+            group=buffers.scheme.group_size if buffers.scheme else 1,
+            last=length - 1 if last_only else -1,
+        )
         if self._library.openelm_compute(byref(self._struct), byref(step)):
-            raise InputError(f"a token id is not below the model's {self._vocab_size}")
+            raise InputError(f"a token id is not below the model's {self._config.vocab_size}")
         return logits
+
+    def _buffers(self, cache: KVCache) -> _Buffers:
+        """Where the buffers are; new ones become the cache's own, and are evaluated and contiguous.
+
+        Raises:
+            InputError: when they are of another model, or not in float32.
+        """
+        known = cache.addresses
+        if isinstance(known, _Buffers) and known.network is self:
+            return known
+        cache.own()
+        cache.buffers[:] = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
+        buffers = [*cache.buffers]
+        mx.eval(buffers)
+        batch, _, capacity, _ = buffers[0][0].shape
+        scheme = cache.scheme
+        if [[(a.shape, a.dtype) for a in buffer] for buffer in buffers] != [
+            buffer_layout(batch, 2 * heads, capacity, self._config.head_dim, scheme=scheme)
+            for heads in self._config.num_kv_heads
+        ]:
+            raise InputError("the cache isn't one of float32 for a model of this geometry")
+        structs = (library.Cache * len(buffers))(
+            *(library.Cache(*map(_address, buffer)) for buffer in buffers)
+        )
+        cache.addresses = found = _Buffers(self, buffers, structs, batch, capacity, scheme)
+        return found
+
+
+class _Buffers(NamedTuple):
+    """A cache's buffers as the library sees them; they live as long as this does."""
+
+    network: Network
+    arrays: list[Buffer]
+    structs: ctypes.Array[library.Cache]
+    batch: int
+    capacity: int
+    scheme: Scheme | None
 
 
 class _Memory:
@@ -160,19 +202,6 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
         rows=rows,
         columns=columns * 32 // scheme.bits,
     )
-
-
-def _caches(cache: KVCache) -> ctypes.Array[library.Cache]:
-    """Where the buffers are; new ones become the cache's own, and are evaluated and contiguous."""
-    if cache.addresses is None:
-        cache.own()
-        cache.buffers[:] = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
-        mx.eval(cache.buffers)
-        cache.addresses = (library.Cache * len(cache.buffers))(
-            *(library.Cache(*map(_address, buffer)) for buffer in cache.buffers)
-        )
-    structs: ctypes.Array[library.Cache] = cache.addresses
-    return structs
 
 
 def _address(array: mx.array) -> int:
