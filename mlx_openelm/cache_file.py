@@ -161,7 +161,10 @@ def _described(values: dict[str, str]) -> tuple[KVCache, list[int] | None, int, 
     Raises:
         KeyError, TypeError, ValueError, RecursionError: when they are wrong.
     """
-    config = OpenELMConfig.from_dict(json.loads(values["config"]), "config")
+    geometry = json.loads(values["config"])
+    if not isinstance(geometry, dict):
+        raise ValueError("config")
+    config = OpenELMConfig.from_dict(geometry, "config")
     kv, tokens, metadata = (json.loads(values[name]) for name in ("kv", "tokens", "metadata"))
     bits, group_size = kv or (None, None)
     cache = KVCache(config, None, _FLOATS[values["dtype"]], bits, group_size=group_size)

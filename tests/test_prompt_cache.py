@@ -240,6 +240,20 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
         PromptCache.load(tmp_path / "cache", OpenELM(model.config, arrays))
 
 
+@pytest.mark.parametrize("config", ["[8, 64]", "null", "5", '"x"', "{}", "{"])
+def test_a_file_whose_geometry_is_none_is_refused(config: str, tmp_path: Path) -> None:
+    model, file = random_model(CONFIGS["uneven"]), tmp_path / "cache"
+    filled(model, [1, 2, 3, 4]).save(file)
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["__metadata__"]["config"] = config
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + length :])
+    with pytest.raises(InputError, match="a damaged prompt cache"):
+        PromptCache.load(file, model)
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     model = random_model(CONFIGS["uneven"])
     file = tmp_path / "cache"
