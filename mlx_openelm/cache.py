@@ -97,6 +97,7 @@ class KVCache:
         twin = copy.copy(self)
         twin.buffers, twin._paddings, twin.use = self._lent(), list(self._paddings), None
         twin.offset = self.length
+        mx.eval(twin.buffers)
         return twin
 
     @property
@@ -170,6 +171,8 @@ class KVCache:
         if self.can_trim(beyond):
             self.offset -= beyond
         self.use = None
+        # MLX can compute on this thread only what this thread has asked for.
+        mx.async_eval(self.buffers)  # type: ignore[no-untyped-call]
 
     @property
     def batch(self) -> int | None:
@@ -354,6 +357,7 @@ class KVCache:
             )
             for i, buffer in enumerate(self.buffers)
         ]
+        mx.eval(self.buffers)
         self.offset = offset
 
     def can_trim(self, count: int) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from mlx_openelm import (
     make_logits_processors,
     stream_generate,
 )
-from mlx_openelm.decoding import prefill
+from mlx_openelm.decoding import generate_step, prefill
 from mlx_openelm.hub import DEMO
+from mlx_openelm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_openelm.prompt_cache import fingerprint
 from mlx_openelm.tokenizer import Tokenizer
 
 from .conftest import Run
 from .models import CONFIGS, UNEVEN, random_model
+from .test_model import POLICIES
 
 Demo = tuple[OpenELM, Tokenizer]
 TALE = "Once upon a time there was a king who had a daughter. One day she went into the forest"
@@ -454,3 +458,25 @@ def test_the_command_skips_what_the_file_has(run: Run, tmp_path: Path) -> None:
         assert result.returncode == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("way", ["generate", "load", "copy"])
+def test_a_cache_goes_from_thread_to_thread(policy: str, way: str, tmp_path: Path) -> None:
+    """MLX computes on a thread only what that thread has begun: nothing may be left to compute."""
+    model = random_model(CONFIGS["uneven"], POLICIES[policy])
+    model.prepare()
+    cache = make_prompt_cache(model)
+
+    def tokens() -> int:
+        return len(list(generate_step(mx.array([1, 2]), model, max_tokens=3, prompt_cache=cache)))
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(tokens).result() == 3
+    if way == "load":
+        save_prompt_cache(tmp_path / "cache", cache)
+        cache = load_prompt_cache(tmp_path / "cache")
+    if way == "copy":
+        cache = copy.deepcopy(cache)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(tokens).result() == 3
