@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,11 @@ class KVCache:
         group_size: int | None = None,
         quantized_from: int = 0,
     ) -> None:
-        if max_size is not None and max_size <= KEPT_TOKENS:
+        if min(lengths or [0]) < 0:
+            raise InputError(
+                f"the lengths of sequences must be at least 0, not {min(lengths or [])}"
+            )
+        if max_size is not None and operator.index(max_size) <= KEPT_TOKENS:
             raise InputError(f"max_kv_size must be more than {KEPT_TOKENS}, not {max_size}")
         if max_size is not None and lengths is not None:
             raise InputError("a context that slides (max_kv_size) holds sequences of one length")
@@ -269,14 +274,19 @@ class KVCache:
         Raises:
             InputError: when there is no such sequence.
         """
-        batch = self.batch or 0
-        for row in rows:
-            if not 0 <= row < batch:
-                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
+        self._check_rows(rows)
         kept = mx.array(rows)
         self._set_own([tuple(array[kept] for array in buffer) for buffer in self.buffers])
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
+
+    def _check_rows(self, rows: list[int]) -> None:
+        batch = self.batch or 0
+        if not rows:
+            raise InputError("a cache of no sequences has no use")
+        for row in rows:
+            if not 0 <= operator.index(row) < batch:
+                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
 
     def quantize(self, bits: int, group_size: int | None = None, start: int = 0) -> None:
         """Keep keys and values in 4 or 8 bits from the first step on that finds `start` positions.
@@ -379,7 +389,7 @@ class KVCache:
             InputError: when there are fewer, or when a sliding context has overwritten what came
                 before them.
         """
-        if not 0 <= count <= self.offset:
+        if not 0 <= operator.index(count) <= self.offset:
             raise InputError(f"can't trim {count} of {self.offset} positions")
         if not self.can_trim(count):
             raise InputError("a context that has slid can't be trimmed")
@@ -399,8 +409,15 @@ class KVCache:
         return self.length == 0
 
     def sequence(self, row: int, length: int) -> KVCache:
-        """A cache of one of the sequences by itself, with its first `length` positions."""
+        """A cache of one of the sequences by itself, with its first `length` positions.
+
+        Raises:
+            InputError: when there is no such sequence, or it is shorter.
+        """
+        self._check_rows([row])
         first = self._paddings[row] if self._paddings else 0
+        if not 0 <= length <= self.offset - first:
+            raise InputError(f"sequence {row} has {self.offset - first} positions, not {length}")
         one = KVCache(self.config, self.max_size, self.dtype)
         one.scheme, one.made_for = self.scheme, self.made_for
         part = self._parts(slice(row, row + 1), slice(None), slice(first, first + length))

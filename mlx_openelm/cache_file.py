@@ -59,13 +59,16 @@ def write_cache(
         metadata: strings to keep with it.
 
     Raises:
-        InputError: when it can't be written there, or the cache can't be saved.
+        InputError: when it can't be written there, or the cache or the metadata can't be saved.
     """
     file = user_path(file)
     if cache.ring is not None:
         raise InputError("a context that slides (max_kv_size) can't be saved")
     if cache.batch not in (None, 1):
         raise InputError(f"a cache of {cache.batch} sequences can't be saved")
+    metadata = dict(metadata or {})
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise InputError("the metadata of a prompt cache must be strings by name")
     length = cache.length if tokens is None else min(cache.length, len(tokens))
     arrays = {name: raw(mx.contiguous(array)) for name, array in cache.used(length).items()}
     values = {
@@ -76,7 +79,7 @@ def write_cache(
         "kv": json.dumps([cache.scheme.bits, cache.scheme.group_size] if cache.scheme else None),
         "length": str(length),
         "tokens": json.dumps(None if tokens is None else tokens[:length]),
-        "metadata": json.dumps(dict(metadata or {})),
+        "metadata": json.dumps(metadata),
     }
     entries: dict[str, Any] = {}
     end = 0

@@ -15,6 +15,7 @@ from mlx_openelm import InputError, KVCache, OpenELM
 from mlx_openelm.buffers import KEPT_TOKENS, SLIDING_STEP
 from mlx_openelm.cache import FIRST_CAPACITY, merge
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.models.cache import trim_prompt_cache
 from mlx_openelm.tokenizer import Tokenizer
 
 from . import bounds, reference
@@ -303,3 +304,27 @@ def test_nothing_is_written_beyond_the_buffers_of_a_wrong_cache(
     cache = wrong(model)
     with pytest.raises((InputError, ValueError)):
         model(mx.array([[1, 2, 3]]), cache)
+
+
+def test_half_a_position_can_not_be_forgotten() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache()
+    model(mx.array([[1, 2, 3]]), cache)
+    for forget in (cache.trim, lambda count: trim_prompt_cache([cache], count)):
+        with pytest.raises(TypeError):
+            forget(1.5)  # type: ignore[arg-type]
+    assert cache.offset == 3
+
+
+def test_a_sequence_that_a_cache_does_not_hold_is_refused() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache(lengths=[3, 1])
+    model(mx.array([[1, 2, 3], [0, 0, 4]]), cache)
+    assert cache.sequence(1, 1).length == 1
+    for row, length in ((2, 1), (-1, 1), (1, 2), (0, 4)):
+        with pytest.raises(InputError, match="there is no|positions"):
+            cache.sequence(row, length)
+    with pytest.raises(InputError, match="no sequences"):
+        cache.select([])
+    with pytest.raises(InputError, match="at least 0"):
+        model.make_cache(lengths=[-1, 1])

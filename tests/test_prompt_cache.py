@@ -480,3 +480,14 @@ def test_a_cache_goes_from_thread_to_thread(policy: str, way: str, tmp_path: Pat
         cache = copy.deepcopy(cache)
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(tokens).result() == 3
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"a": None}])
+def test_metadata_that_could_not_be_read_again_are_not_written(
+    metadata: Any, tmp_path: Path
+) -> None:
+    cache = make_prompt_cache(random_model(CONFIGS["uneven"]))
+    save_prompt_cache(tmp_path / "cache", cache, {"a": "before"})
+    with pytest.raises(InputError, match="must be strings"):
+        save_prompt_cache(tmp_path / "cache", cache, metadata)
+    assert load_prompt_cache(tmp_path / "cache", return_metadata=True)[1] == {"a": "before"}
