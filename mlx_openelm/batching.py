@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -149,9 +149,13 @@ def batch_generate(
     if max_kv_size is not None:
         raise InputError("max_kv_size isn't supported for a batch: its context doesn't slide")
     Options(
-        sampler=sampler, logits_processors=logits_processors, prefill_step_size=prefill_step_size
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prefill_step_size=prefill_step_size,
+        stop=stop,
     )
-    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    given = max_tokens if isinstance(max_tokens, Iterable) else [max_tokens] * len(prompts)
+    limits = [Options(max_tokens=limit).max_tokens for limit in given]
     if len(limits) != len(prompts):
         raise InputError(f"max_tokens has {len(limits)} entries for {len(prompts)} prompts")
     for name, size in (

@@ -67,6 +67,18 @@ def store(heads: mx.array, scheme: Scheme | None) -> Buffer:
     return (heads,) if scheme is None else tuple(mx.quantize(heads, **scheme.to_dict()))
 
 
+def buffer_layout(
+    *shape: int, scheme: Scheme | None, dtype: mx.Dtype = mx.float32
+) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """Shape and dtype of each array of a buffer of [B, 2 × kv_heads, slots, head_dim]."""
+    if scheme is None:
+        return [(shape, dtype)]
+    *outer, head_dim = shape
+    groups = (*outer, head_dim // scheme.group_size)
+    words = (*outer, head_dim * scheme.bits // 32)
+    return [(words, mx.uint32), (groups, dtype), (groups, dtype)]
+
+
 def write(buffer: Buffer, heads: mx.array, slot: mx.array, scheme: Scheme | None) -> Buffer:
     """`buffer` with `heads` [B, 2 × kv_heads, L, head_dim] from slot `slot` [1] on."""
     return tuple(

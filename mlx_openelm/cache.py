@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .buffers import KEPT_TOKENS, SLIDING_STEP, Buffer, View, kv_scheme, store, view
+from .buffers import (
+    KEPT_TOKENS,
+    SLIDING_STEP,
+    Buffer,
+    View,
+    buffer_layout,
+    kv_scheme,
+    store,
+    view,
+)
 from .config import OpenELMConfig
 from .errors import InputError
 from .quantization import Scheme
@@ -72,7 +82,11 @@ class KVCache:
         group_size: int | None = None,
         quantized_from: int = 0,
     ) -> None:
-        if max_size is not None and max_size <= KEPT_TOKENS:
+        if min(lengths or [0]) < 0:
+            raise InputError(
+                f"the lengths of sequences must be at least 0, not {min(lengths or [])}"
+            )
+        if max_size is not None and operator.index(max_size) <= KEPT_TOKENS:
             raise InputError(f"max_kv_size must be more than {KEPT_TOKENS}, not {max_size}")
         if max_size is not None and lengths is not None:
             raise InputError("a context that slides (max_kv_size) holds sequences of one length")
@@ -97,6 +111,7 @@ class KVCache:
         twin = copy.copy(self)
         twin.buffers, twin._paddings, twin.use = self._lent(), list(self._paddings), None
         twin.offset = self.length
+        mx.eval(twin.buffers)
         return twin
 
     @property
@@ -170,6 +185,8 @@ class KVCache:
         if self.can_trim(beyond):
             self.offset -= beyond
         self.use = None
+        # MLX can compute on this thread only what this thread has asked for.
+        mx.async_eval(self.buffers)  # type: ignore[no-untyped-call]
 
     @property
     def batch(self) -> int | None:
@@ -221,8 +238,11 @@ class KVCache:
         """
         if self._scheme_to_come and self.offset >= self._scheme_to_come[1]:
             self._quantize_now()
-        if self.batch not in (None, batch):
-            raise InputError(f"the cache holds {self.batch} sequences, the tokens are of {batch}")
+        held = self.batch or len(self._paddings) or batch
+        if held != batch:
+            raise InputError(f"the cache holds {held} sequences, the tokens are of {batch}")
+        if self.offset < 0:
+            raise InputError(f"the cache's offset was set to {self.offset}")
         room = self.room()
         if room is not None and length > room:
             raise InputError(
@@ -268,14 +288,19 @@ class KVCache:
         Raises:
             InputError: when there is no such sequence.
         """
-        batch = self.batch or 0
-        for row in rows:
-            if not 0 <= row < batch:
-                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
+        self._check_rows(rows)
         kept = mx.array(rows)
         self._set_own([tuple(array[kept] for array in buffer) for buffer in self.buffers])
         self._paddings = [self._paddings[i] for i in rows] if self._paddings else []
         self.starts = None if self.starts is None else self.starts[kept]
+
+    def _check_rows(self, rows: list[int]) -> None:
+        batch = self.batch or 0
+        if not rows:
+            raise InputError("a cache of no sequences has no use")
+        for row in rows:
+            if not 0 <= operator.index(row) < batch:
+                raise InputError(f"the cache holds {batch} sequences: there is no {row}")
 
     def quantize(self, bits: int, group_size: int | None = None, start: int = 0) -> None:
         """Keep keys and values in 4 or 8 bits from the first step on that finds `start` positions.
@@ -322,19 +347,32 @@ class KVCache:
             if slots
         }
 
+    def has_layout(self, config: OpenELMConfig, dtype: mx.Dtype) -> bool:
+        """Whether the buffers are those of a model of this geometry that computes in `dtype`."""
+        found = [[(array.shape, array.dtype) for array in buffer] for buffer in self.buffers]
+        return found == [
+            buffer_layout(
+                *(self.batch or 0, 2 * heads, self.capacity, config.head_dim),
+                scheme=self.scheme,
+                dtype=dtype,
+            )
+            for heads in config.num_kv_heads
+        ]
+
     def layout(self, length: int) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         """Shape and dtype of each array of the `used` part of one sequence."""
         if length == 0:
             return {}
-        head_dim = self.config.head_dim
-        last: list[tuple[int, mx.Dtype]] = [(head_dim, self.dtype)]
-        if self.scheme is not None:
-            groups = head_dim // self.scheme.group_size
-            last = [(head_dim * self.scheme.bits // 32, mx.uint32), *[(groups, self.dtype)] * 2]
         return {
-            f"layers.{i}.{part}": ((1, 2 * heads, length, size), dtype)
+            f"layers.{i}.{part}": entry
             for i, heads in enumerate(self.config.num_kv_heads)
-            for part, (size, dtype) in enumerate(last)
+            for part, entry in enumerate(
+                buffer_layout(
+                    *(1, 2 * heads, length, self.config.head_dim),
+                    scheme=self.scheme,
+                    dtype=self.dtype,
+                )
+            )
         }
 
     def restore(self, arrays: Mapping[str, mx.array], offset: int) -> None:
@@ -355,6 +393,7 @@ class KVCache:
             )
             for i, buffer in enumerate(self.buffers)
         ]
+        mx.eval(self.buffers)
         self.offset = offset
 
     def can_trim(self, count: int) -> bool:
@@ -376,7 +415,7 @@ class KVCache:
             InputError: when there are fewer, or when a sliding context has overwritten what came
                 before them.
         """
-        if not 0 <= count <= self.offset:
+        if not 0 <= operator.index(count) <= self.offset:
             raise InputError(f"can't trim {count} of {self.offset} positions")
         if not self.can_trim(count):
             raise InputError("a context that has slid can't be trimmed")
@@ -396,8 +435,15 @@ class KVCache:
         return self.length == 0
 
     def sequence(self, row: int, length: int) -> KVCache:
-        """A cache of one of the sequences by itself, with its first `length` positions."""
+        """A cache of one of the sequences by itself, with its first `length` positions.
+
+        Raises:
+            InputError: when there is no such sequence, or it is shorter.
+        """
+        self._check_rows([row])
         first = self._paddings[row] if self._paddings else 0
+        if not 0 <= length <= self.offset - first:
+            raise InputError(f"sequence {row} has {self.offset - first} positions, not {length}")
         one = KVCache(self.config, self.max_size, self.dtype)
         one.scheme, one.made_for = self.scheme, self.made_for
         part = self._parts(slice(row, row + 1), slice(None), slice(first, first + length))

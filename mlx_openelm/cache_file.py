@@ -57,13 +57,16 @@ def write_cache(
         metadata: strings to keep with it.
 
     Raises:
-        InputError: when it can't be written there, or the cache can't be saved.
+        InputError: when it can't be written there, or the cache or the metadata can't be saved.
     """
     file = user_path(file)
     if cache.ring is not None:
         raise InputError("a context that slides (max_kv_size) can't be saved")
     if cache.batch not in (None, 1):
         raise InputError(f"a cache of {cache.batch} sequences can't be saved")
+    metadata = dict(metadata or {})
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise InputError("the metadata of a prompt cache must be strings by name")
     length = cache.length if tokens is None else min(cache.length, len(tokens))
     arrays = {name: raw(mx.contiguous(array)) for name, array in cache.used(length).items()}
     values = {
@@ -74,7 +77,7 @@ def write_cache(
         "kv": json.dumps([cache.scheme.bits, cache.scheme.group_size] if cache.scheme else None),
         "length": str(length),
         "tokens": json.dumps(None if tokens is None else tokens[:length]),
-        "metadata": json.dumps(dict(metadata or {})),
+        "metadata": json.dumps(metadata),
     }
     entries: dict[str, Any] = {}
     end = 0
@@ -159,7 +162,10 @@ def _described(values: dict[str, str]) -> tuple[KVCache, list[int] | None, int, 
     Raises:
         KeyError, TypeError, ValueError, RecursionError: when they are wrong.
     """
-    config = OpenELMConfig.from_dict(json.loads(values["config"]), "config")
+    geometry = json.loads(values["config"])
+    if not isinstance(geometry, dict):
+        raise ValueError("config")
+    config = OpenELMConfig.from_dict(geometry, "config")
     kv, tokens, metadata = (json.loads(values[name]) for name in ("kv", "tokens", "metadata"))
     bits, group_size = kv or (None, None)
     cache = KVCache(config, None, _FLOATS[values["dtype"]], bits, group_size=group_size)

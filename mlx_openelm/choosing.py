@@ -121,6 +121,8 @@ def _processed(
                 raise InputError(
                     f"a logits processor must return logits {list(row.shape)}, not {shape}"
                 )
+            if not mx.issubdtype(changed.dtype, mx.floating):
+                raise InputError(f"a logits processor must return floats, not {changed.dtype}")
             row = changed
         rows.append(row)
     return rows[0] if len(rows) == 1 else mx.concatenate(rows)

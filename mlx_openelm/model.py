@@ -14,7 +14,7 @@ from .backends import cpu
 from .buffers import Buffer, view
 from .cache import KVCache
 from .config import OpenELMConfig
-from .errors import OpenELMError
+from .errors import InputError, OpenELMError
 from .quantization import Quantization, Scheme
 from .shapes import parameter_count
 from .token_ids import check_tokens
@@ -86,7 +86,7 @@ class OpenELM:
 
         Raises:
             InputError: when `tokens` aren't ids of the model's vocabulary, or don't fit into its
-                context.
+                context; when the cache is of a model of another geometry.
         """
         check_tokens(tokens, self.config.vocab_size)
         return self.step(tokens, cache, last_only)
@@ -97,7 +97,11 @@ class OpenELM:
         cache: KVCache | Sequence[KVCache] | None = None,
         last_only: bool = False,
     ) -> mx.array:
-        """As a call, for tokens that are known to be ids: doesn't check or wait for them."""
+        """As a call, for tokens that are known to be ids: doesn't check or wait for them.
+
+        Raises:
+            InputError: when they don't fit into the context, or the cache is another model's.
+        """
         if os.getpid() != self._process:
             raise OpenELMError(
                 "the model was loaded in the process that this one was forked from, and MLX's "
@@ -107,6 +111,8 @@ class OpenELM:
             cache = self.make_cache()
         elif not isinstance(cache, KVCache):
             (cache,) = cache
+        if cache.config is not self.config and cache.config != self.config:
+            raise InputError("the cache is of a model of another geometry")
         batch, length = tokens.shape
         if self._native:
             cache.reserve(batch, length)

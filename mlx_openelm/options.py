@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .cache import KVCache
 from .errors import InputError
+from .model import OpenELM
 from .pace import LENGTHS, Pace
 from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
-    from .model import OpenELM
     from .prompt_cache import PromptCache
 
 Progress = Callable[[int, int], None]
@@ -23,6 +24,10 @@ UNSUPPORTED = {
     "input_embeddings": "OpenELM's prompts are token ids",
 }
 """Arguments of mlx-lm that have no meaning here, and why. None is accepted."""
+
+
+_ALWAYS = ("max_tokens", "quantized_kv_start", "num_draft_tokens")
+_INTEGERS = (*_ALWAYS, "max_kv_size", "kv_bits", "kv_group_size", "prefill_step_size")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class Options:
         for name, why in UNSUPPORTED.items():
             if getattr(self, name) is not None:
                 raise InputError(f"{name} isn't supported: {why}")
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is None and name not in _ALWAYS:
+                continue
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise InputError(f"{name} must be an integer, not {value!r}") from None
         if self.max_tokens < -1:
             raise InputError(
                 f"max_tokens must be at least 1 (or -1: no limit), not {self.max_tokens}"
@@ -89,8 +102,13 @@ class Options:
         for name in ("sampler", "prompt_progress_callback"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise InputError(f"{name} must be a function")
-        if not all(callable(process) for process in self.logits_processors or ()):
-            raise InputError("logits_processors must be functions")
+        processors, stop = self.logits_processors or (), self.stop
+        if not isinstance(processors, Iterable) or not all(map(callable, processors)):
+            raise InputError("logits_processors must be a list of functions")
+        if not isinstance(stop, Iterable) or not all(isinstance(s, str) for s in stop):
+            raise InputError("stop must be a string or a list of strings")
+        if not isinstance(self.draft_model, OpenELM | None):
+            raise InputError("draft_model must be a model, as load returns it")
         if self.kv_bits is None and (self.kv_group_size, self.quantized_kv_start) != (None, 0):
             # mlx-lm's scripts pass its defaults always; without kv_bits they mean nothing there.
             object.__setattr__(self, "kv_group_size", None)

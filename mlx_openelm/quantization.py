@@ -148,12 +148,11 @@ class Matrix:
 
     def _values(self, rows: Any, dtype: mx.Dtype) -> mx.array:
         assert self.scheme is not None and self.scales is not None
+        scales, biases = self.scales[rows], None
+        if self.biases is not None:  # MLX computes in their dtype, whatever it returns
+            scales, biases = scales.astype(dtype), self.biases[rows].astype(dtype)
         return mx.dequantize(
-            self.weight[rows],
-            self.scales[rows],
-            None if self.biases is None else self.biases[rows],
-            **self.scheme.to_dict(),
-            dtype=dtype,
+            self.weight[rows], scales, biases, **self.scheme.to_dict(), dtype=dtype
         )
 
     def arrays(self) -> Iterator[tuple[str, mx.array]]:

@@ -47,6 +47,8 @@ class Xtc:
     special_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_number("xtc_probability", self.probability)
+        _check_number("xtc_threshold", self.threshold)
         _check("xtc_probability", self.probability, 0 <= self.probability <= 1, "between 0 and 1")
         _check("xtc_threshold", self.threshold, 0 <= self.threshold <= 0.5, "between 0 and 0.5")
         for token in self.special_tokens:
@@ -99,6 +101,8 @@ def make_sampler(
     Raises:
         InputError: when a value is out of its range.
     """
+    for name, value in (("temp", temp), ("top_p", top_p), ("min_p", min_p)):
+        _check_number(name, value)
     _check("temp", temp, temp >= 0, "at least 0")
     _check("temp", temp, temp < math.inf, "finite")
     _check("top_p", top_p, 0 <= top_p <= 1, "between 0 and 1")
@@ -291,6 +295,7 @@ def make_logits_processors(
     ):
         if penalty is None or penalty == 0:
             continue
+        _check_number(f"{name}_penalty", penalty)
         finite = math.isfinite(penalty)
         _check(f"{name}_penalty", penalty, finite and (penalty > 0 or penalise is not _repetition))
         _check_count(f"{name}_context_size", size, 1)
@@ -299,15 +304,18 @@ def make_logits_processors(
 
 
 def _add_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
+    if not isinstance(logit_bias, Mapping):
+        raise InputError(f"logit_bias must map token ids to numbers, not {logit_bias!r}")
     for token, bias in logit_bias.items():
         _check_count("a token id of logit_bias", token, 0)
+        _check_number(f"logit_bias of {token}", bias)
         _check(f"logit_bias of {token}", bias, bias < math.inf, "a number or -inf")
-    highest, values = max(logit_bias), mx.array(list(logit_bias.values()), mx.float32)
+    highest, values = max(logit_bias), mx.array([float(v) for v in logit_bias.values()])
 
     def add(_: mx.array, logits: mx.array) -> mx.array:
         size = logits.shape[-1]
         _check("logit_bias", highest, highest < size, f"for ids below {size}")
-        ids = mx.array(list(logit_bias), mx.int32)
+        ids = mx.array([int(token) for token in logit_bias], mx.int32)
         return logits.at[:, ids].add(values.astype(logits.dtype))
 
     return add
@@ -351,6 +359,11 @@ def _frequency(logits: mx.array, counts: mx.array, penalty: float) -> mx.array:
 def _check(name: str, value: float, fits: bool, wanted: str = "a positive number") -> None:
     if not fits:
         raise InputError(f"{name} must be {wanted}, not {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not hasattr(value, "__float__") or isinstance(value, bool | mx.array):
+        raise InputError(f"{name} must be a number, not {value!r}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:

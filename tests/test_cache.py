@@ -15,6 +15,7 @@ from mlx_openelm import InputError, KVCache, OpenELM
 from mlx_openelm.buffers import KEPT_TOKENS, SLIDING_STEP
 from mlx_openelm.cache import FIRST_CAPACITY, merge
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.models.cache import trim_prompt_cache
 from mlx_openelm.tokenizer import Tokenizer
 
 from . import bounds, reference
@@ -261,3 +262,69 @@ def test_quantizing_later_is_the_same_on_every_policy(
 
     wanted = logits("MLX's kernels")
     assert mx.abs(logits(policy) - wanted).max().item() < 1e-2 * mx.abs(wanted).max().item()
+
+
+def _half(model: OpenELM) -> KVCache:
+    return KVCache(model.config, dtype=mx.float16)
+
+
+def _too_many(model: OpenELM) -> KVCache:
+    return model.make_cache(lengths=[3, 5, 4])
+
+
+def _fewer_layers(model: OpenELM) -> KVCache:
+    return random_model(CONFIGS["no GLU"]).make_cache()
+
+
+def _another_buffer(model: OpenELM) -> KVCache:
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache)
+    cache.buffers = [tuple(array[:, :, :1] for array in buffer) for buffer in cache.buffers]
+    cache.buffers[0] = tuple(mx.repeat(array, FIRST_CAPACITY, axis=2) for array in cache.buffers[0])
+    return cache
+
+
+def _before_the_beginning(model: OpenELM) -> KVCache:
+    cache = model.make_cache()
+    model(mx.array([[1, 2]]), cache)
+    cache.offset -= 20
+    return cache
+
+
+@pytest.mark.parametrize(
+    "wrong", [_half, _too_many, _fewer_layers, _another_buffer, _before_the_beginning]
+)
+def test_nothing_is_written_beyond_the_buffers_of_a_wrong_cache(
+    wrong: Callable[[OpenELM], KVCache],
+) -> None:
+    """The C library writes where it is told to: what doesn't fit the model is refused before."""
+    model = random_model(CONFIGS["scaled"])
+    if wrong in (_half, _another_buffer) and not model.policy.native:
+        pytest.skip("MLX's operations look at the arrays that they are given")
+    cache = wrong(model)
+    with pytest.raises((InputError, ValueError)):
+        model(mx.array([[1, 2, 3]]), cache)
+
+
+def test_half_a_position_can_not_be_forgotten() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache()
+    model(mx.array([[1, 2, 3]]), cache)
+    for forget in (cache.trim, lambda count: trim_prompt_cache([cache], count)):
+        with pytest.raises(TypeError):
+            forget(1.5)  # type: ignore[arg-type]
+    assert cache.offset == 3
+
+
+def test_a_sequence_that_a_cache_does_not_hold_is_refused() -> None:
+    model = random_model(CONFIG)
+    cache = model.make_cache(lengths=[3, 1])
+    model(mx.array([[1, 2, 3], [0, 0, 4]]), cache)
+    assert cache.sequence(1, 1).length == 1
+    for row, length in ((2, 1), (-1, 1), (1, 2), (0, 4)):
+        with pytest.raises(InputError, match="there is no|positions"):
+            cache.sequence(row, length)
+    with pytest.raises(InputError, match="no sequences"):
+        cache.select([])
+    with pytest.raises(InputError, match="at least 0"):
+        model.make_cache(lengths=[-1, 1])

@@ -103,6 +103,17 @@ def test_a_token_that_is_not_one_is_refused() -> None:
             model(mx.array([[1, token]]))
 
 
+def test_a_step_that_has_no_room_is_refused() -> None:
+    """As when another thread uses the same cache: `reserve` was for another offset then."""
+    model = random_model(CONFIGS["uneven"], device.Policy("CPU", mx.float32, native=True))
+    cache = model.make_cache()
+    model(mx.array([[1]]), cache)
+    for offset in (cache.capacity - 1, -1):
+        cache.offset = offset
+        with pytest.raises(InputError, match="no room"):
+            model._network(mx.array([[1, 2]]), cache, False)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_weights_stay_as_they_are_stored(dtype: mx.Dtype) -> None:
     """Half of the bytes of float32, and the logits of those values in float32."""
@@ -117,6 +128,19 @@ def test_weights_stay_as_they_are_stored(dtype: mx.Dtype) -> None:
     tokens = mx.array([[5, 3, 8, 1, 9, 2, 6, 4, 7, 1, 1, 2]])
     difference = mx.abs(model(tokens) - reference(tokens)).max().item()
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_what_is_dequantized_once_is_computed_in_float32(dtype: mx.Dtype) -> None:
+    """Not in the dtype of scales and biases, which is what MLX does."""
+    packed = quantize(mx.random.normal((8, 64)), Scheme(32, 6))
+    assert packed.scales is not None and packed.biases is not None
+    scales, biases = packed.scales.astype(dtype), packed.biases.astype(dtype)
+    stored = Matrix(packed.weight, scales, biases, packed.scheme)
+    exact = Matrix(
+        packed.weight, scales.astype(mx.float32), biases.astype(mx.float32), packed.scheme
+    )
+    assert mx.array_equal(stored.dequantize(mx.float32).weight, exact.dequantize(mx.float32).weight)
 
 
 def test_threads_share_the_workers() -> None:

@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prefill_step_size": ({"prefill_step_size": 0}, "prefill_step_size must be"),
     "num_draft_tokens": ({"num_draft_tokens": 0}, "num_draft_tokens must be"),
     "sampler": ({"sampler": 0.7}, "sampler must be a function"),
-    "logits_processors": ({"logits_processors": [0.7]}, "logits_processors must be functions"),
+    "logits_processors": ({"logits_processors": [0.7]}, "logits_processors must be a list"),
     "prompt_progress_callback": ({"prompt_progress_callback": True}, "prompt_progress_callback"),
     "max_kv_size": ({"max_kv_size": 4}, "max_kv_size must be more than 4"),
     "kv_bits": ({"kv_bits": 5}, "kv_bits must be"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from mlx_openelm import (
     make_logits_processors,
     stream_generate,
 )
-from mlx_openelm.decoding import prefill
+from mlx_openelm.decoding import generate_step, prefill
 from mlx_openelm.hub import DEMO
+from mlx_openelm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_openelm.prompt_cache import fingerprint
 from mlx_openelm.tokenizer import Tokenizer
 
 from .conftest import Run
 from .models import CONFIGS, UNEVEN, random_model
+from .test_model import POLICIES
 
 Demo = tuple[OpenELM, Tokenizer]
 TALE = "Once upon a time there was a king who had a daughter. One day she went into the forest"
@@ -240,6 +244,20 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
         PromptCache.load(tmp_path / "cache", OpenELM(model.config, arrays))
 
 
+@pytest.mark.parametrize("config", ["[8, 64]", "null", "5", '"x"', "{}", "{"])
+def test_a_file_whose_geometry_is_none_is_refused(config: str, tmp_path: Path) -> None:
+    model, file = random_model(CONFIGS["uneven"]), tmp_path / "cache"
+    filled(model, [1, 2, 3, 4]).save(file)
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["__metadata__"]["config"] = config
+    changed = json.dumps(header).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + length :])
+    with pytest.raises(InputError, match="a damaged prompt cache"):
+        PromptCache.load(file, model)
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     model = random_model(CONFIGS["uneven"])
     file = tmp_path / "cache"
@@ -440,3 +458,36 @@ def test_the_command_skips_what_the_file_has(run: Run, tmp_path: Path) -> None:
         assert result.returncode == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("way", ["generate", "load", "copy"])
+def test_a_cache_goes_from_thread_to_thread(policy: str, way: str, tmp_path: Path) -> None:
+    """MLX computes on a thread only what that thread has begun: nothing may be left to compute."""
+    model = random_model(CONFIGS["uneven"], POLICIES[policy])
+    model.prepare()
+    cache = make_prompt_cache(model)
+
+    def tokens() -> int:
+        return len(list(generate_step(mx.array([1, 2]), model, max_tokens=3, prompt_cache=cache)))
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(tokens).result() == 3
+    if way == "load":
+        save_prompt_cache(tmp_path / "cache", cache)
+        cache = load_prompt_cache(tmp_path / "cache")
+    if way == "copy":
+        cache = copy.deepcopy(cache)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(tokens).result() == 3
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"a": None}])
+def test_metadata_that_could_not_be_read_again_are_not_written(
+    metadata: Any, tmp_path: Path
+) -> None:
+    cache = make_prompt_cache(random_model(CONFIGS["uneven"]))
+    save_prompt_cache(tmp_path / "cache", cache, {"a": "before"})
+    with pytest.raises(InputError, match="must be strings"):
+        save_prompt_cache(tmp_path / "cache", cache, metadata)
+    assert load_prompt_cache(tmp_path / "cache", return_metadata=True)[1] == {"a": "before"}

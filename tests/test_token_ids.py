@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -252,3 +253,57 @@ def test_seeds_out_of_range_are_refused(seed: Any) -> None:
 @pytest.mark.parametrize("seed", [0, 2**31, 2**63, 2**64 - 1, np.int64(3)])
 def test_any_seed_in_range_draws(seed: int) -> None:
     assert make_sampler(1.0, seed=seed)(mx.zeros((1, 50))).item() < 50
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": None},
+        {"max_tokens": 1.5},
+        {"max_kv_size": 5.5},
+        {"kv_bits": "8"},
+        {"kv_bits": 8, "quantized_kv_start": 1.5},
+        {"prefill_step_size": "512"},
+        {"num_draft_tokens": 2.5, "prompt_lookup": True},
+        {"stop": 5},
+        {"stop": [5]},
+        {"stop": b"x"},
+        {"draft_model": "demo"},
+        {"logits_processors": lambda tokens, logits: logits},
+        {"logits_processors": [lambda tokens, logits: logits.astype(mx.complex64)]},
+    ],
+)
+def test_options_of_a_wrong_type_are_refused_by_name(demo: Demo, options: dict[str, Any]) -> None:
+    name = next(reversed(options) if len(options) == 2 and "kv_bits" in options else iter(options))
+    with pytest.raises(InputError, match="logits" if name.startswith("logits") else name):
+        generate(*demo, "Once", **{"max_tokens": 3, **options})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: make_sampler("1"),  # type: ignore[arg-type]
+        lambda: make_sampler(None),  # type: ignore[arg-type]
+        lambda: make_sampler(1, top_p="0.9"),  # type: ignore[arg-type]
+        lambda: make_sampler(1, xtc_probability="1"),  # type: ignore[arg-type]
+        lambda: make_logits_processors(repetition_penalty="1.1"),  # type: ignore[arg-type]
+        lambda: make_logits_processors([1, 2]),  # type: ignore[arg-type]
+        lambda: make_logits_processors({1: "2"}),  # type: ignore[dict-item]
+    ],
+)
+def test_numbers_that_are_none_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match="must"):
+        call()
+
+
+def test_numpy_integers_and_floats_are_numbers(demo: Demo) -> None:
+    bias = make_logits_processors({np.int64(5): np.float32(-1)}, np.float32(1.1))  # type: ignore
+    sampler = make_sampler(np.float32(0))  # type: ignore[arg-type]
+    made = batch_generate(
+        *demo,
+        ["Once"],
+        max_tokens=np.int32(3),  # type: ignore[arg-type]
+        sampler=sampler,
+        logits_processors=bias,
+    )
+    assert len(made.token_ids[0]) == 3

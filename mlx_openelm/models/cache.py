@@ -7,6 +7,7 @@ prompt and all tokens that are given out are added to it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, overload
@@ -95,8 +96,9 @@ def trim_prompt_cache(cache: Sequence[KVCache], num_tokens: int) -> int:
 
     Raises:
         InputError: when `num_tokens` is negative.
+        TypeError: when it isn't an integer.
     """
-    if num_tokens < 0:
+    if operator.index(num_tokens) < 0:
         raise InputError(f"num_tokens must be at least 0, not {num_tokens}")
     if not cache or not can_trim_prompt_cache(cache):
         return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, cast
-from typing import TYPE_CHECKING
+from ctypes import POINTER, byref
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -14,9 +14,10 @@ from . import library
 from .library import KINDS
 
 if TYPE_CHECKING:
+    from ...buffers import Buffer
     from ...cache import KVCache
     from ...config import OpenELMConfig
-    from ...quantization import Matrix
+    from ...quantization import Matrix, Scheme
     from ...weights import Weights
 
 PACKED_BITS = (4, 8)
@@ -26,7 +27,7 @@ def can_multiply(matrix: Matrix) -> bool:
     """Whether the library multiplies a matrix as it is stored."""
     scheme = matrix.scheme
     if scheme is None:
-        return dtype_name(matrix.weight.dtype) in KINDS
+        return dtype_name(matrix.weight) in KINDS
     words = matrix.weight.shape[1]  # eight are taken at once
     return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
@@ -59,7 +60,7 @@ class Network:
 
     def __init__(self, config: OpenELMConfig, weights: Weights) -> None:
         self._library = library.load()
-        self._vocab_size = config.vocab_size
+        self._config = config
         self._memory = keep = _Memory()
         self._layers = (library.Layer * len(weights.layers))()
         for struct, layer, query_heads, kv_heads in zip(
@@ -77,7 +78,7 @@ class Network:
             token_embeddings=embeddings,
             lm_head=embeddings if tied else _matrix(weights.lm_head, keep),
             norm=keep.floats(weights.norm),
-            layers=cast(self._layers, POINTER(library.Layer)),
+            layers=ctypes.cast(self._layers, POINTER(library.Layer)),
             num_layers=len(weights.layers),
             model_dim=config.model_dim,
             head_dim=config.head_dim,
@@ -98,41 +99,78 @@ class Network:
             [B, L or 1, vocab_size] float32.
 
         Raises:
-            InputError: when a token id is out of range.
+            InputError: when a token id is out of range, or the cache is another model's.
             OpenELMError: when memory runs out.
         """
         batch, length = tokens.shape
-        capacity = cache.capacity
+        buffers, offset = self._buffers(cache), cache.offset
+        capacity, slot = buffers.capacity, offset
         tokens = mx.contiguous(tokens.astype(mx.int32))
-        logits = mx.zeros((batch, 1 if last_only else length, self._vocab_size))
+        logits = mx.zeros((batch, 1 if last_only else length, self._config.vocab_size))
         arrays = [tokens, logits]
-        step = library.StepStruct(
-            caches=_caches(cache),
-            batch=batch,
-            length=length,
-            offset=cache.offset,
-            slot=cache.offset,
-            capacity=capacity,
-            bits=cache.scheme.bits if cache.scheme else 32,
-            group=cache.scheme.group_size if cache.scheme else 1,
-            last=length - 1 if last_only else -1,
-        )
         if cache.starts is not None:
             arrays.append(starts := mx.contiguous(cache.starts))
         if cache.max_size is not None:
             seen = cache.view(length)
             arrays += [mask := mx.contiguous(seen.mask[0].astype(mx.uint8)), seen.slot]
         mx.eval(arrays)
-        step.tokens, step.logits = _address(tokens), _address(logits)
-        if cache.starts is not None:
-            step.starts = _address(starts)
         if cache.max_size is not None:
-            step.mask, step.slot = _address(mask), seen.slot.item()
+            slot = cast("int", seen.slot.item())
+        if batch != buffers.batch or not 0 <= slot <= capacity - length:
+            raise InputError("the cache has no room for the step: another thread uses it, too")
+        step = library.StepStruct(
+            tokens=_address(tokens),
+            starts=None if cache.starts is None else _address(starts),
+            mask=None if cache.max_size is None else _address(mask),
+            caches=buffers.structs,
+            logits=_address(logits),
+            batch=batch,
+            length=length,
+            offset=offset,
+            slot=slot,
+            capacity=capacity,
+            bits=buffers.scheme.bits if buffers.scheme else 32,
+            group=buffers.scheme.group_size if buffers.scheme else 1,
+            last=length - 1 if last_only else -1,
+        )
         status = self._library.openelm_compute(byref(self._struct), byref(step))
         if status == library.BAD_TOKEN:
-            raise InputError(f"a token id is not below the model's {self._vocab_size}")
+            raise InputError(f"a token id is not below the model's {self._config.vocab_size}")
         _check(status)
         return logits
+
+    def _buffers(self, cache: KVCache) -> _Buffers:
+        """Where the buffers are; new ones become the cache's own, and are evaluated and contiguous.
+
+        Raises:
+            InputError: when they are of another model, or not in float32.
+        """
+        known = cache.addresses
+        if isinstance(known, _Buffers) and known.network is self:
+            return known
+        cache.own()
+        cache.buffers[:] = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
+        buffers = [*cache.buffers]
+        mx.eval(buffers)
+        batch, _, capacity, _ = buffers[0][0].shape
+        if not cache.has_layout(self._config, mx.float32):
+            raise InputError("the cache isn't one of float32 for a model of this geometry")
+        structs = (library.Cache * len(buffers))(
+            *(library.Cache(*map(_address, buffer)) for buffer in buffers)
+        )
+        cache.addresses = found = _Buffers(self, buffers, structs, batch, capacity, cache.scheme)
+        return found
+
+
+class _Buffers(NamedTuple):
+    """A cache's buffers as the library sees them; they live as long as this does."""
+
+    network: Network
+    arrays: list[Buffer]
+    structs: ctypes.Array[library.Cache]
+    batch: int
+    capacity: int
+    scheme: Scheme | None
 
 
 def _check(status: int) -> None:
@@ -164,7 +202,7 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
     scheme = matrix.scheme
     rows, columns = matrix.weight.shape
     if scheme is None:
-        kind = KINDS[dtype_name(matrix.weight.dtype)]
+        kind = KINDS[dtype_name(matrix.weight)]
         return library.Matrix(weight=keep(matrix.weight), kind=kind, rows=rows, columns=columns)
     assert matrix.scales is not None and matrix.biases is not None
     return library.Matrix(
@@ -176,19 +214,6 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
         rows=rows,
         columns=columns * 32 // scheme.bits,
     )
-
-
-def _caches(cache: KVCache) -> ctypes.Array[library.Cache]:
-    """Where the buffers are; new ones become the cache's own, and are evaluated and contiguous."""
-    if cache.addresses is None:
-        cache.own()
-        cache.buffers[:] = [tuple(map(mx.contiguous, buffer)) for buffer in cache.buffers]
-        mx.eval(cache.buffers)
-        cache.addresses = (library.Cache * len(cache.buffers))(
-            *(library.Cache(*map(_address, buffer)) for buffer in cache.buffers)
-        )
-    structs: ctypes.Array[library.Cache] = cache.addresses
-    return structs
 
 
 def _address(array: mx.array) -> int:
