@@ -165,6 +165,21 @@ def decode_text(data: bytes, where: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def without_bom(data: bytes, where: str) -> bytes:
+    """Text as UTF-8 without a byte order mark, which few programs read; other bytes as they are.
+
+    Raises:
+        InputError: starting with `where`, when what follows the mark isn't in its encoding.
+    """
+    for bom, encoding in _BOMS:
+        if data.startswith(bom):
+            try:
+                return data[len(bom) :].decode(encoding).encode()
+            except UnicodeError:
+                raise InputError(f"{where}: not {encoding.upper()}; save it as UTF-8") from None
+    return data
+
+
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     """The text in a file (see `decode_text`).
 
