@@ -43,9 +43,9 @@ MAX_SECONDS = 5.0
 MAX_TEMPLATE = 1 << 20
 """Bytes of a template file."""
 
-_TEMPLATE_FILE = "chat_template.jinja"
-_TEMPLATE_DIRECTORY = "additional_chat_templates"
-_LEGACY_FILE = "chat_template.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+LEGACY_FILE = "chat_template.json"
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -57,13 +57,13 @@ def template_files(directory: Path) -> dict[str, Path]:
         InputError: when one is a link to somewhere outside the directory.
     """
     found = {}
-    for name in (_TEMPLATE_FILE, _LEGACY_FILE):
+    for name in (TEMPLATE_FILE, LEGACY_FILE):
         if path := find_in(directory, name):
             found[name] = path
-    folder = find_in(directory, _TEMPLATE_DIRECTORY)
+    folder = find_in(directory, TEMPLATE_DIRECTORY)
     if folder is not None and folder.is_dir():
         for entry in sorted(folder.iterdir()):
-            name = f"{_TEMPLATE_DIRECTORY}/{entry.name}"
+            name = f"{TEMPLATE_DIRECTORY}/{entry.name}"
             if entry.suffix == ".jinja" and (path := find_in(directory, name)):
                 found[name] = path
     return found
@@ -79,9 +79,9 @@ def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | di
         InputError: when a file can't be read, or a template isn't text.
     """
     files = template_files(directory)
-    legacy = files.pop(_LEGACY_FILE, None)
+    legacy = files.pop(LEGACY_FILE, None)
     texts = {
-        "default" if name == _TEMPLATE_FILE else path.stem: read_text(path, MAX_TEMPLATE)
+        "default" if name == TEMPLATE_FILE else path.stem: read_text(path, MAX_TEMPLATE)
         for name, path in files.items()
     }
     if texts:
@@ -105,7 +105,7 @@ def named_templates(template: str | Mapping[str, str]) -> dict[str, str]:
         if not name or name.startswith(".") or "/" in name or not name.isprintable():
             raise InputError(f"chat template {shown(name)}: its name can't be a file's")
     return {
-        _TEMPLATE_FILE if name == "default" else f"{_TEMPLATE_DIRECTORY}/{name}.jinja": text
+        TEMPLATE_FILE if name == "default" else f"{TEMPLATE_DIRECTORY}/{name}.jinja": text
         for name, text in texts.items()
     }
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .added_tokens import content, declared, read_token
-from .chat import CHAT_TEMPLATE, named_templates, read_chat_template, template_files
+from .chat import (
+    CHAT_TEMPLATE,
+    TEMPLATE_FILE,
+    named_templates,
+    read_chat_template,
+    template_files,
+)
 from .config import check_token_ids, token_ids
 from .errors import InputError
 from .files import find_in, read_bytes, read_json, without_bom
@@ -21,8 +27,8 @@ from .vocabulary import added_to_sentencepiece, read_sentencepiece
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+CARRIED = (MODEL, JSON, CONFIG, SPECIAL, ADDED)
 GENERATION = "generation_config.json"
-CHAT = "chat_template.jinja"
 
 
 def find_tokenizer(directory: Path) -> Path:
@@ -99,8 +105,7 @@ def carried_files(source: Path) -> dict[str, Path]:
     """
     if not source.is_dir():
         return {JSON if source.suffix == ".json" else MODEL: source}
-    names = (MODEL, JSON, CONFIG, SPECIAL, ADDED)
-    found = {name: path for name in names if (path := find_in(source, name))}
+    found = {name: path for name in CARRIED if (path := find_in(source, name))}
     return found | template_files(source)
 
 
@@ -143,12 +148,12 @@ def write_tokenizer_files(
 ) -> str | None:
     """Write a tokenizer into a model directory, for us and for the rest of the MLX world.
 
-    `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte, texts
-    without their byte order marks. What transformers, and so mlx-lm, needs and `source` lacks is added: a `tokenizer.json` that
-    equals the `tokenizer.model`, a `tokenizer_config.json` that makes transformers take it as it
-    is, and with `chat` the chat template of the OpenELM Instruct models, where there is none. A
-    `template`, or several by their names, takes the place of the source's. The same source always
-    gives the same bytes.
+    `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte,
+    texts without their byte order marks. What transformers, and so mlx-lm, needs and `source`
+    lacks is added: a `tokenizer.json` that equals the `tokenizer.model`, a
+    `tokenizer_config.json` that makes transformers take it as it is, and with `chat` the chat
+    template of the OpenELM Instruct models, where there is none. A `template`, or several by
+    their names, takes the place of the source's. The same source always gives the same bytes.
 
     Returns None, or the reason why there is no `tokenizer.json`: some SentencePiece models have
     no equal there. `load_tokenizer` can use such a directory; mlx-lm would find other ids.
@@ -178,7 +183,7 @@ def write_tokenizer_files(
         if CONFIG in made:
             made[CONFIG]["chat_template"] = CHAT_TEMPLATE
         else:
-            made[CHAT] = CHAT_TEMPLATE
+            made[TEMPLATE_FILE] = CHAT_TEMPLATE
     for name, path in files.items():
         if name not in made:
             copy_file(path, directory / name)

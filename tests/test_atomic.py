@@ -644,16 +644,19 @@ def test_where_the_drives_cache_cannot_be_flushed_fsync_is_all(
 
 @pytest.mark.parametrize("format", ["mlx", "mlx quantized", "hf"])
 def test_what_is_written_is_known_again(run: Run, tmp_path: Path, format: str) -> None:
-    out = tmp_path / "out"
+    source, out = Path(shutil.copytree(DEMO, tmp_path / "source")), tmp_path / "out"
+    for name in ("chat_template.json", "added_tokens.json", "special_tokens_map.json"):
+        (source / name).write_text("{}")
     command: tuple[object, ...] = {
-        "mlx": (DEMO, "-o", out),
-        "mlx quantized": (DEMO, "-o", out, "-q", "--chat"),
-        "hf": ("export", DEMO, "-o", out, "--format", "hf"),
+        "mlx": (source, "-o", out),
+        "mlx quantized": (source, "-o", out, "-q", "--chat"),
+        "hf": ("export", source, "-o", out, "--format", "hf"),
     }[format]
     for extra in ((), ("--force",)):
         result = run(MODULE, *command, *extra)
         assert result.returncode == 0, result.stderr
         assert sorted(os.listdir(out)) == files_in(out)
+        assert "chat_template.json" in files_in(out)
         assert why_not_ours(out) is None
     (out / "notes.txt").touch()
     assert why_not_ours(out) == "holds 'notes.txt', which mlx-openelm doesn't write"
