@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from importlib import import_module
-from shutil import get_terminal_size
 from textwrap import fill
 from typing import Any
 
 from mlx_openelm import __version__
-from mlx_openelm.command import Parser, add_debug, interruptible, run
+from mlx_openelm.command import Parser, add_debug, interruptible, run, terminal_columns
 
 PROGRAM = "openelm-convert"
 # Commands beside converting itself, each a module of `commands`
@@ -45,7 +44,7 @@ def parser(name: str | None, command: Any) -> argparse.ArgumentParser:
     others = "".join(f"\n  {PROGRAM} {name:<8} {does}" for name, does in COMMANDS.items())
     p = Parser(
         prog=f"{PROGRAM} {name}" if name else PROGRAM,
-        description=fill(command.DESCRIPTION, get_terminal_size().columns - 2),
+        description=fill(command.DESCRIPTION, terminal_columns() - 2),
         epilog=None if name else f"other commands (each has its --help):{others}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,6 +26,7 @@ from mlx_openelm.convert import atomic, rename
 from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.outputs import FILES, MARK, RECORD, files_in, starts_like, why_not_ours
+from mlx_openelm.convert.targets import check_directory
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import BUNDLED
 
@@ -392,6 +393,16 @@ def test_the_places_that_are_never_replaced(
             make_directory(place, "new")
         inside.rmdir()
         assert found(model) == "old"
+
+
+def test_a_mount_point_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't be renamed, which would show when everything is written."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(InputError, match="a mount point; name a directory in it"):
+        check_directory(tmp_path, False)
+    check_directory(tmp_path / "in", False)
 
 
 def test_a_link_is_not_followed_nor_replaced(model: Path, tmp_path: Path) -> None:
