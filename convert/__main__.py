@@ -7,12 +7,11 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
-from shutil import get_terminal_size
 from textwrap import fill
 from typing import Any
 
 from mlx_openelm import __version__
-from mlx_openelm.command import Parser, add_debug, interruptible, run
+from mlx_openelm.command import Parser, add_debug, interruptible, run, terminal_columns
 from mlx_openelm.errors import InputError
 
 PROGRAM = "openelm-convert"
@@ -56,7 +55,7 @@ def parser(name: str | None, command: Any) -> argparse.ArgumentParser:
     others = "".join(f"\n  {PROGRAM} {name:<8} {does}" for name, does in COMMANDS.items())
     p = Parser(
         prog=f"{PROGRAM} {name}" if name else PROGRAM,
-        description=fill(command.DESCRIPTION, get_terminal_size().columns - 2),
+        description=fill(command.DESCRIPTION, terminal_columns() - 2),
         epilog=None if name else f"other commands (each has its --help):{others}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

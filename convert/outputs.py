@@ -8,8 +8,10 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mlx_openelm.chat_files import LEGACY_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, find_in, parse_json, read_json, read_range
+from mlx_openelm.tokenizer_files import CARRIED, GENERATION
 
 PROGRAM = "mlx-openelm"
 MARK = {"writer": PROGRAM}
@@ -18,19 +20,15 @@ MARK = {"writer": PROGRAM}
 RECORD = "conversion.json"
 FILES = (
     "config.json",
-    "generation_config.json",
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *CARRIED,
+    GENERATION,
+    TEMPLATE_FILE,
+    LEGACY_FILE,
     RECORD,
 )
-TEMPLATES = "additional_chat_templates"
 _TEMPLATE = "*.jinja"
 _FINDER = ".DS_Store"  # which macOS puts into directories that were looked at
 
@@ -46,10 +44,10 @@ def files_in(directory: Path) -> list[str]:
         InputError: when that is a link out of the directory.
     """
     found = [name for name in sorted(os.listdir(directory)) if _named(name)]
-    templates = find_in(directory, TEMPLATES)
+    templates = find_in(directory, TEMPLATE_DIRECTORY)
     if templates is not None and templates.is_dir():
         inside = sorted(os.listdir(templates))
-        found += [f"{TEMPLATES}/{name}" for name in inside if fnmatchcase(name, _TEMPLATE)]
+        found += [f"{TEMPLATE_DIRECTORY}/{name}" for name in inside if fnmatchcase(name, _TEMPLATE)]
     return found
 
 
@@ -66,12 +64,12 @@ def why_not_ours(directory: Path) -> str | None:
         return "isn't a directory"
     entries = [entry for entry in os.scandir(directory) if entry.name != _FINDER]
     for entry in entries:
-        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
+        if entry.name == TEMPLATE_DIRECTORY and entry.is_dir(follow_symlinks=False):
             if any(
                 not (fnmatchcase(inside.name, _TEMPLATE) and inside.is_file(follow_symlinks=False))
                 for inside in os.scandir(entry.path)
             ):
-                return f"holds {TEMPLATES} with other files than templates"
+                return f"holds {TEMPLATE_DIRECTORY} with other files than templates"
         elif not (_named(entry.name) and entry.is_file(follow_symlinks=False)):
             return f"holds {entry.name!a}, which {PROGRAM} doesn't write"
     if entries and not (_is_marked(directory) or _has_record(directory)):
@@ -101,7 +99,7 @@ def remove(made: Path) -> None:
         made.unlink()
         return
     for entry in list(os.scandir(made)):
-        if entry.name == TEMPLATES and entry.is_dir(follow_symlinks=False):
+        if entry.name == TEMPLATE_DIRECTORY and entry.is_dir(follow_symlinks=False):
             for template in Path(entry.path).glob(_TEMPLATE):
                 template.unlink()
             os.rmdir(entry.path)

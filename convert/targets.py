@@ -24,9 +24,9 @@ def check_directory(out: Path, force: bool, reads: Iterable[Path] = ()) -> Path:
         The path without links.
 
     Raises:
-        InputError: when it is a link or a file; the current directory, the home directory, or one
-            that holds them or anything of `reads`; when it holds what this program hasn't
-            written; or when it isn't empty and `force` isn't given.
+        InputError: when it is a link, a file or a mount point; the current directory, the home
+            directory, or one that holds them or anything of `reads`; when it holds what this
+            program hasn't written; or when it isn't empty and `force` isn't given.
     """
     with _looking_into(out):
         place = _resolved(out)
@@ -34,6 +34,8 @@ def check_directory(out: Path, force: bool, reads: Iterable[Path] = ()) -> Path:
             return place
         if not place.is_dir():
             raise InputError(f"{name_of(out)} exists and is not a directory")
+        if os.path.ismount(place):
+            raise InputError(f"{name_of(out)}: a mount point; name a directory in it")
         _refuse_above(out, place, reads)
         check_ours(place, out, why_not_ours)
         if any(place.iterdir()) and not force:

@@ -89,9 +89,14 @@ class Parser(argparse.ArgumentParser):
         return wrapped(super().format_usage())
 
 
+def terminal_columns() -> int:
+    """The terminal's width, or what COLUMNS says; at least one that text can be wrapped to."""
+    return max(get_terminal_size().columns, 16)
+
+
 def wrapped(text: str) -> str:
     """Lines that are wider than the terminal, wrapped with at least part of their indentation."""
-    columns = get_terminal_size().columns
+    columns = terminal_columns()
     lines = []
     for line in text.splitlines():
         if len(line) > columns and "\x1b" not in line:  # of Python 3.14's colours

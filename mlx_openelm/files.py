@@ -101,8 +101,8 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a regular file.
+def file_size(path: Path, limit: int | None = None) -> int:
+    """Bytes of a regular file, at most `limit`.
 
     Raises:
         InputError: as `open_file`.
@@ -111,7 +111,7 @@ def file_size(path: Path) -> int:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    _check(path, status, None)
+    _check(path, status, limit)
     return status.st_size
 
 
@@ -166,6 +166,21 @@ def decode_text(data: bytes, where: str) -> str:
             f"{where}: not {encoding.upper()} at byte {error.start}; save it as UTF-8"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def without_bom(data: bytes, where: str) -> bytes:
+    """Text as UTF-8 without a byte order mark, which few programs read; other bytes as they are.
+
+    Raises:
+        InputError: starting with `where`, when what follows the mark isn't in its encoding.
+    """
+    for bom, encoding in _BOMS:
+        if data.startswith(bom):
+            try:
+                return data[len(bom) :].decode(encoding).encode()
+            except UnicodeError:
+                raise InputError(f"{where}: not {encoding.upper()}; save it as UTF-8") from None
+    return data
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .cache import KVCache
 from .errors import InputError
 from .model import OpenELM
-from .pace import LENGTHS, Pace
 from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Options:
     stop: str | Sequence[str] = ()
     draft_model: OpenELM | None = None
     prompt_lookup: bool = False
-    num_draft_tokens: int = LENGTHS[-1]
+    num_draft_tokens: int = 16
     pace: Pace | None = None
     input_embeddings: None = None
     stream: None = None

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from .cache import KVCache, Use
-from .choosing import Choice, Chooser
+from .choosing import Choice
 from .decoding import prefill, token_limit
 from .drafts import Draft, DraftModel, PromptLookup
 from .errors import InputError
@@ -27,6 +27,7 @@ from .options import Options, Progress
 from .pace import LENGTHS, Costs, Kind, Pace
 from .sampling import LogitsProcessor, Sampler
 from .token_ids import as_prompt
+from .verification import Chooser
 
 SURE_ENOUGH = 0.5  # the acceptance that makes it worth to wait whether a passage goes on
 

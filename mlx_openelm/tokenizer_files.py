@@ -12,7 +12,7 @@ from .chat import CHAT_TEMPLATE
 from .chat_files import TEMPLATE_FILE, named_templates, read_chat_template, template_files
 from .config import check_token_ids, token_ids
 from .errors import InputError
-from .files import file_size, find_in, read_bytes, read_json
+from .files import file_size, find_in, read_bytes, read_json, without_bom
 from .sentencepiece_model import (
     parse_sentencepiece,
     to_tokenizer_json,
@@ -22,6 +22,7 @@ from .vocabulary import added_to_sentencepiece, read_sentencepiece
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+CARRIED = (MODEL, JSON, CONFIG, SPECIAL, ADDED)
 GENERATION = "generation_config.json"
 
 
@@ -111,13 +112,12 @@ def carried_files(source: Path) -> dict[str, Path]:
     """
     if not source.is_dir():
         return {JSON if source.suffix == ".json" else MODEL: source}
-    names = (MODEL, JSON, CONFIG, SPECIAL, ADDED)
-    found = {name: path for name in names if (path := find_in(source, name))}
+    found = {name: path for name in CARRIED if (path := find_in(source, name))}
     return found | template_files(source)
 
 
 def carry_tokenizer(source: Path, directory: Path) -> None:
-    """Copy a tokenizer's files into `directory`, byte for byte.
+    """Copy a tokenizer's files into `directory`; texts without their byte order marks.
 
     Raises:
         InputError: when one can't be read.
@@ -127,7 +127,7 @@ def carry_tokenizer(source: Path, directory: Path) -> None:
 
 
 def carry_generation_config(source: Path, directory: Path) -> None:
-    """Copy a model directory's `generation_config.json`, if it has one, byte for byte.
+    """Copy a model directory's `generation_config.json`, if it has one.
 
     Raises:
         InputError: when it can't be read.
@@ -137,13 +137,14 @@ def carry_generation_config(source: Path, directory: Path) -> None:
 
 
 def copy_file(path: Path, target: Path) -> None:
-    """Write a small file's bytes to `target`.
+    """Write a small file's bytes to `target`, but for a text's byte order mark.
 
     Raises:
         InputError: when `path` can't be read.
     """
+    data = read_bytes(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(read_bytes(path))
+    target.write_bytes(data if target.name == MODEL else without_bom(data, str(path)))
 
 
 def write_tokenizer_files(
@@ -154,12 +155,12 @@ def write_tokenizer_files(
 ) -> str | None:
     """Write a tokenizer into a model directory, for us and for the rest of the MLX world.
 
-    `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte.
-    What transformers, and so mlx-lm, needs and `source` lacks is added: a `tokenizer.json` that
-    equals the `tokenizer.model`, a `tokenizer_config.json` that makes transformers take it as it
-    is, and with `chat` the chat template of the OpenELM Instruct models, where there is none. A
-    `template`, or several by their names, takes the place of the source's. The same source always
-    gives the same bytes.
+    `source` is a directory with a tokenizer, or its file. Its files are carried byte for byte,
+    texts without their byte order marks. What transformers, and so mlx-lm, needs and `source`
+    lacks is added: a `tokenizer.json` that equals the `tokenizer.model`, a
+    `tokenizer_config.json` that makes transformers take it as it is, and with `chat` the chat
+    template of the OpenELM Instruct models, where there is none. A `template`, or several by
+    their names, takes the place of the source's. The same source always gives the same bytes.
 
     Returns None, or the reason why there is no `tokenizer.json`: some SentencePiece models have
     no equal there. `load_tokenizer` can use such a directory; mlx-lm would find other ids.

@@ -26,6 +26,7 @@ from mlx_openelm.convert import atomic, rename
 from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.outputs import FILES, MARK, RECORD, files_in, starts_like, why_not_ours
+from mlx_openelm.convert.targets import check_directory
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.hub import BUNDLED
 
@@ -394,6 +395,16 @@ def test_the_places_that_are_never_replaced(
         assert found(model) == "old"
 
 
+def test_a_mount_point_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't be renamed, which would show when everything is written."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(InputError, match="a mount point; name a directory in it"):
+        check_directory(tmp_path, False)
+    check_directory(tmp_path / "in", False)
+
+
 def test_a_link_is_not_followed_nor_replaced(model: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     for target in (model, model / "config.json", Path("nowhere")):
@@ -644,16 +655,19 @@ def test_where_the_drives_cache_cannot_be_flushed_fsync_is_all(
 
 @pytest.mark.parametrize("format", ["mlx", "mlx quantized", "hf"])
 def test_what_is_written_is_known_again(run: Run, tmp_path: Path, format: str) -> None:
-    out = tmp_path / "out"
+    source, out = Path(shutil.copytree(DEMO, tmp_path / "source")), tmp_path / "out"
+    for name in ("chat_template.json", "added_tokens.json", "special_tokens_map.json"):
+        (source / name).write_text("{}")
     command: tuple[object, ...] = {
-        "mlx": (DEMO, "-o", out),
-        "mlx quantized": (DEMO, "-o", out, "-q", "--chat"),
-        "hf": ("export", DEMO, "-o", out, "--format", "hf"),
+        "mlx": (source, "-o", out),
+        "mlx quantized": (source, "-o", out, "-q", "--chat"),
+        "hf": ("export", source, "-o", out, "--format", "hf"),
     }[format]
     for extra in ((), ("--force",)):
         result = run(MODULE, *command, *extra)
         assert result.returncode == 0, result.stderr
         assert sorted(os.listdir(out)) == files_in(out)
+        assert "chat_template.json" in files_in(out)
         assert why_not_ours(out) is None
     (out / "notes.txt").touch()
     assert why_not_ours(out) == "holds 'notes.txt', which mlx-openelm doesn't write"

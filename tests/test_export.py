@@ -20,6 +20,7 @@ import pytest
 
 from mlx_openelm import OpenELM, OpenELMConfig, config, generate
 from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
+from mlx_openelm.convert.__main__ import main
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
@@ -474,3 +475,28 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     save_config(tmp_path, load_model(DEMO).config)
     with pytest.raises(InputError, match="hf has no dtype 'q8_0'"):
         export(tmp_path, tmp_path / "out", "hf", "q8_0")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("how", ["hf", "convert"])
+def test_a_byte_order_mark_is_not_carried(tmp_path: Path, encoding: str, how: str) -> None:
+    """transformers and mlx-lm can't read one."""
+    texts = {
+        "tokenizer.json": (DEMO / "tokenizer.json").read_text(),
+        "tokenizer_config.json": (DEMO / "tokenizer_config.json").read_text(),
+        "generation_config.json": '{"eos_token_id":\r\n[2, 5]}',
+        "chat_template.jinja": "{{ messages[0]['content'] }} é\r\n",
+    }
+    directory = Path(shutil.copytree(DEMO, tmp_path / "source"))
+    for name, text in texts.items():
+        mark = "\ufeff" if encoding == "utf-16-be" else ""
+        (directory / name).write_bytes((mark + text).encode(encoding))
+    out = tmp_path / "out"
+    if how == "hf":
+        export(directory, out, "hf")
+    else:
+        assert main([str(directory), "-o", str(out)]) == 0
+    for name, text in texts.items():
+        assert (out / name).read_bytes() == text.encode(), name
+    data = (DEMO / "tokenizer.model").read_bytes()
+    assert (out / "tokenizer.model").read_bytes() == data

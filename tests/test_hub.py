@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from mlx_openelm.convert.card import model_card
+from mlx_openelm.convert.commands.upload import upload_directory
+from mlx_openelm.errors import InputError
 from mlx_openelm.hub import BUNDLED
 
 from .conftest import Run
@@ -389,3 +391,10 @@ def test_uploading_without_a_network(run: Run, hub: dict[str, str]) -> None:
         "someone/new: uploading failed: the Hugging Face hub can't be reached ("
         in result.stderr.splitlines()[-1]
     )
+
+
+def test_a_text_file_of_gigabytes_is_not_uploaded(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(DEMO, tmp_path / "made"))
+    os.truncate(directory / "tokenizer.json", 20 << 30)  # sparse
+    with pytest.raises(InputError, match="no such file needs more than"):
+        upload_directory(directory, "someone/new")

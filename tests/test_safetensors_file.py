@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_values_are_those_that_mlx_wrote(written: Path) -> None:
         )
         assert found.dtype == array.dtype
         assert found.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK"])
+def test_a_header_whose_length_looks_like_another_format(tmp_path: Path, start: bytes) -> None:
+    length = int.from_bytes(start, "little")
+    header = json.dumps({"x": entry(0, 16)}).encode().ljust(length)
+    path = tmp_path / "x"
+    path.write_bytes(safetensors(header, bytes(16)))
+    assert path.read_bytes().startswith(start)
+    assert open_source(path).kind == "safetensors file"
 
 
 def test_values_are_those_that_safetensors_wrote(tmp_path: Path) -> None:

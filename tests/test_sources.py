@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -221,3 +223,11 @@ def test_a_directory_that_may_not_be_written_to(nobody: Path) -> None:
         ):
             pass
     assert list((nobody / "readonly").iterdir()) == []
+
+
+def test_the_fuzzer_runs(tmp_path: Path) -> None:
+    """Some inputs of each run; it has to allow what conversion itself does."""
+    script = Path(__file__).parent.parent / "scripts" / "fuzz_readers.py"
+    command = [sys.executable, str(script), "40", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -25,7 +25,6 @@ from mlx_openelm import (
     stream_generate,
 )
 from mlx_openelm.checkpoint import load_draft
-from mlx_openelm.choosing import verify
 from mlx_openelm.decoding import generate_step
 from mlx_openelm.drafts import PromptLookup
 from mlx_openelm.hub import BUNDLED
@@ -33,6 +32,7 @@ from mlx_openelm.pace import Kind, Pace
 from mlx_openelm.shapes import tensor_shapes
 from mlx_openelm.speculative import Speculation, speculative_generate_step
 from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.verification import verify
 
 from .models import EVEN
 
@@ -276,7 +276,7 @@ def test_sampled_texts_follow_the_distribution_of_the_model(
     prompt = [t for a in range(8) for b in range(a, 8) for t in (a, b)]
     draws, length = 1000, 4
     if rule == "biased":
-        monkeypatch.setattr("mlx_openelm.choosing.verify", biased)
+        monkeypatch.setattr("mlx_openelm.verification.verify", biased)
     options = {"temp": 1.3, "top_k": 3}
     mx.random.seed(3)
     counts: Counter[tuple[int, ...]] = Counter()

@@ -208,3 +208,11 @@ def test_tilde_in_every_path(run: Run, tmp_path: Path) -> None:
     done = run(GENERATE, "-p", "The", "-q", "--prompt-cache-file", "")
     assert done.returncode == 2
     assert "an empty path was given" in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["1", "2", "5"])
+def test_terminals_too_narrow_for_text(run: Run, columns: str) -> None:
+    for module in ("mlx_openelm.convert", "mlx_openelm.generate"):
+        result = run(module, "--help", COLUMNS=columns)
+        assert result.returncode == 0, result.stderr
+        assert "--help" in result.stdout

@@ -678,3 +678,10 @@ def test_a_checkpoint_of_many_tensors_opens_quickly(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(open_source(path).tensors) == 1200
     assert time.process_time() - start < 5
+
+
+def test_a_pickle_that_is_too_large_names_the_file_once(tmp_path: Path) -> None:
+    path = torch_file(tmp_path / "x.pt", bytes((8 << 20) + 1))
+    with pytest.raises(InputError) as error:
+        open_source(path)
+    assert str(error.value).count(str(path)) == 1

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 
 from mlx_openelm.checkpoint import load_model, read_arrays, save_model
+from mlx_openelm.convert.__main__ import main
 from mlx_openelm.convert.floats import trial_tokens
 from mlx_openelm.convert.forward import stages
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.hub import BUNDLED
+from mlx_openelm.names import EMBEDDINGS, HEAD
 from mlx_openelm.quantization import Matrix
 
 from . import reference
@@ -98,9 +101,62 @@ def test_what_was_damaged_fails_and_the_layer_is_named(run: Run, tmp_path: Path)
     save_model(damaged, load_model(DEMO).config, arrays)
     result = run(MODULE, "verify", damaged, "--against", DEMO)
     assert result.returncode == 1
-    assert result.stdout.splitlines()[-1] == "FAILED: beyond 0.02, first at layer 3"
+    assert result.stdout.splitlines()[-1].startswith(f"FAILED: {name} differs by 1.4")
     assert "first apart: layer 3\n" in result.stdout
     shutil.rmtree(damaged)
+
+
+FORMATS = [["--bits", str(bits)] for bits in (8, 6, 5, 4, 3, 2)]
+FORMATS += [["--mode", mode] for mode in ("mxfp4", "mxfp8", "nvfp4")]
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=" ".join)
+def test_a_swapped_matrix_fails_in_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    made = str(tmp_path / "made")
+    assert main([str(DEMO), "-o", made, "-q", *options, "--verify"]) == 0
+    arrays = read_arrays(tmp_path / "made")[0]
+    one, other = (f"transformer.layers.{i}.attn.qkv_proj." for i in (1, 2))
+    for part in ("weight", "scales", "biases"):
+        if one + part in arrays:
+            arrays[one + part], arrays[other + part] = arrays[other + part], arrays[one + part]
+    mx.save_safetensors(made + "/other", arrays)
+    os.replace(made + "/other.safetensors", made + "/model.safetensors")
+    assert main(["verify", made, "--against", str(DEMO)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"FAILED: {one}weight differs by 1.4") and last.endswith(", and 1 more")
+
+
+def test_norms_that_are_swapped_or_lost_fail(tmp_path: Path, run: Run) -> None:
+    model = load_model(DEMO)
+    one, other = (f"transformer.layers.{i}.ffn_norm.weight" for i in (3, 4))
+    for name in ("swapped", "lost"):
+        arrays = read_arrays(DEMO)[0]
+        arrays[one] = arrays[other] if name == "swapped" else mx.zeros_like(arrays[one])
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, model.config, arrays)
+        result = run(MODULE, "verify", tmp_path / name, "--against", DEMO)
+        assert result.returncode == 1, result.stdout
+        assert f"FAILED: {one} differs by" in result.stdout
+
+
+def test_tied_and_untied_are_compared_by_what_the_output_matrix_is(
+    tmp_path: Path, run: Run
+) -> None:
+    model = load_model(DEMO)
+    config = replace(model.config, share_input_output_layers=False)
+    arrays = read_arrays(DEMO)[0]
+    for name, factor in (("same", 1), ("other", -1)):
+        head = {HEAD: arrays[EMBEDDINGS] * factor}
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, config, {**arrays, **head})
+    for a, b in ((DEMO, tmp_path / "same"), (tmp_path / "same", DEMO)):
+        assert run(MODULE, "verify", a, "--against", b).returncode == 0
+    for a, b in ((DEMO, tmp_path / "other"), (tmp_path / "other", DEMO)):
+        result = run(MODULE, "verify", a, "--against", b)
+        assert result.returncode == 1
+        assert "FAILED: lm_head.weight differs by 2" in result.stdout
 
 
 def test_the_geometry_of_the_directory_stands_for_that_of_a_bare_source(

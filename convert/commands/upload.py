@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_openelm.checkpoint import load_model
 from mlx_openelm.command import path
 from mlx_openelm.errors import InputError
-from mlx_openelm.files import file_size, find_in
+from mlx_openelm.files import MAX_TEXT, file_size, find_in
 from mlx_openelm.hub import BUNDLED, upload
 from mlx_openelm.weight_files import find_weights
 
@@ -72,6 +72,6 @@ def _files(directory: Path) -> dict[str, Path | bytes]:
             name.endswith(".safetensors.index.json") and name != index
         )
         if file is not None and not of_other_weights:
-            file_size(file)  # of a regular file
+            file_size(file, MAX_TEXT)  # of a regular file
             files[name] = file
     return files

@@ -9,13 +9,14 @@ from mlx_openelm.errors import InputError
 from mlx_openelm.hub import resolve
 
 from ..checkpoint import Checkpoint, open_directory
-from ..verify import TOKENS, Verdict, bound_for, verify
+from ..verify import TOKENS, Verdict, verify
 from ..writer import without_redundant_head
 from .checkpoint import add_source_options, checkpoint_of, tell_notes
 from .progress import progress, size, watched
 
-DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: run both on "
-DESCRIPTION += "the same tokens, in float32. Exit status 0: within the bound; 1: beyond it."
+DESCRIPTION = "Compare a model directory with the checkpoint that it was made from: their tensors, "
+DESCRIPTION += "and what both compute from the same tokens, in float32. Exit status 0: within the "
+DESCRIPTION += "bounds; 1: beyond one."
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -43,15 +44,15 @@ def compare_with_source(directory: Path, checkpoint: Checkpoint) -> int:
 
 def compare(converted: Checkpoint, checkpoint: Checkpoint, count: int) -> int:
     """Compare a model directory with a source; prints the verdict, returns the exit status."""
-    bound = bound_for({t.dtype for t in converted.tensors.values()}, converted.source.quantization)
     source, _ = without_redundant_head(checkpoint.tensors, checkpoint.config)
-    with progress(size(source) + size(converted.tensors)) as read:
+    # Each tensor is read twice: to compare it, and to run the model.
+    with progress(2 * (size(source) + size(converted.tensors))) as read:
         verdict = verify(
             watched(source, read),
             checkpoint.config,
             watched(converted.tensors, read),
             converted.config,
-            bound,
+            converted.source.quantization,
             count=count,
         )
     print(report(verdict, count))
@@ -69,8 +70,16 @@ def report(verdict: Verdict, count: int) -> str:
             f"logits: largest difference {verdict.largest:.3g}, mean {verdict.mean:.3g}; KL "
             f"divergence {verdict.divergence:.3g} nats; same likeliest token at "
             f"{verdict.agreement:.0%} of positions",
-            f"passed: {verdict.stages[-1][1]:.2e} is within {verdict.bound:g}"
-            if verdict.passed
-            else f"FAILED: beyond {verdict.bound:g}, first at {verdict.parting}",
+            _last_line(verdict),
         ]
     )
+
+
+def _last_line(verdict: Verdict) -> str:
+    if verdict.damaged:
+        name, apart, bound = verdict.damaged[0]
+        more = f", and {len(verdict.damaged) - 1} more" if len(verdict.damaged) > 1 else ""
+        return f"FAILED: {name} differs by {apart:.2e}, rounding by at most {bound:g}{more}"
+    if not verdict.passed:
+        return f"FAILED: beyond {verdict.bound:g}, first at {verdict.parting}"
+    return f"passed: {verdict.stages[-1][1]:.2e} is within {verdict.bound:g}"

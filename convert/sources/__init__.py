@@ -37,5 +37,10 @@ def open_source(path: Path, *, ema: bool = False) -> Source:
 
 
 def _is_safetensors(path: Path) -> bool:
-    start = read_range(path, 0, min(file_size(path), 9))
-    return start[8:] == b"{" and not start.startswith((b"PK", b"\x80"))
+    """Whether a file begins with a length that it has room for, and JSON.
+
+    Nothing else can be told from the length: its first bytes may be those of a pickle or a zip.
+    """
+    size = file_size(path)
+    start = read_range(path, 0, min(size, 9))
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8

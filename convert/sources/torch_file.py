@@ -102,8 +102,9 @@ def open_torch(path: Path) -> TorchFile:
     file = TorchFile(path, None, members)
     if "byteorder" in members and _small_member(file, "byteorder") != b"little":
         raise InputError(f"{path}: written on a big-endian machine; save it again on another")
+    pickle = _small_member(file, "data.pkl")
     try:
-        content = unpickle(_small_member(file, "data.pkl"))
+        content = unpickle(pickle)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return TorchFile(path, content, members, file.checked)

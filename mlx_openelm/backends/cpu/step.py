@@ -27,7 +27,7 @@ def can_multiply(matrix: Matrix) -> bool:
     """Whether the library multiplies a matrix as it is stored."""
     scheme = matrix.scheme
     if scheme is None:
-        return dtype_name(matrix.weight) in KINDS
+        return dtype_name(matrix.weight.dtype) in KINDS
     words = matrix.weight.shape[1]  # eight are taken at once
     return scheme.mode == "affine" and scheme.bits in PACKED_BITS and words % 8 == 0
 
@@ -202,7 +202,7 @@ def _matrix(matrix: Matrix, keep: _Memory) -> library.Matrix:
     scheme = matrix.scheme
     rows, columns = matrix.weight.shape
     if scheme is None:
-        kind = KINDS[dtype_name(matrix.weight)]
+        kind = KINDS[dtype_name(matrix.weight.dtype)]
         return library.Matrix(weight=keep(matrix.weight), kind=kind, rows=rows, columns=columns)
     assert matrix.scales is not None and matrix.biases is not None
     return library.Matrix(
