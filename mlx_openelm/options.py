@@ -13,6 +13,7 @@ from .model import OpenELM
 from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
+    from .pace import Pace
     from .prompt_cache import PromptCache
 
 Progress = Callable[[int, int], None]
