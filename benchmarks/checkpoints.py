@@ -14,7 +14,7 @@ from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.checkpoint import Checkpoint
 from mlx_openelm.convert.export.corenet import write_corenet
 from mlx_openelm.convert.sources import LazyTensor, Source
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 _VALUES = 1 << 21  # random numbers that are made; they repeat
 

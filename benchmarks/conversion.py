@@ -146,9 +146,9 @@ def _ratio(results: dict[str, list[dict[str, float]]]) -> str:
 
 def with_mlx_openelm(source: Path, out: Path, hashes: bool) -> float:
     """Convert with this project; returns seconds."""
+    from mlx_openelm.checkpoint.names import map_names
     from mlx_openelm.convert.sources import open_source
     from mlx_openelm.convert.writer import Options, convert
-    from mlx_openelm.names import map_names
 
     start = time.perf_counter()
     tensors, _ = map_names(open_source(source).tensors)

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_openelm.config import OpenELMConfig, token_ids
 from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 from . import calibration, roofline
 from .fitting import Fitted, Speeds, fit

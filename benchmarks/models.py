@@ -10,18 +10,19 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__, device
+from mlx_openelm import __version__
+from mlx_openelm.backends import device
 from mlx_openelm.backends.cpu import PACKED_BITS
-from mlx_openelm.checkpoint import read_config, read_entries
+from mlx_openelm.checkpoint.directory import read_config, read_entries
+from mlx_openelm.checkpoint.hub import BUNDLED, DEMO, resolve
+from mlx_openelm.checkpoint.stored_quantization import foreign_method, stored_quantization
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.convert.checkpoint import open_directory
 from mlx_openelm.convert.recipe import Recipe, make_scheme, plan
 from mlx_openelm.convert.writer import Options, convert, output_layout
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import BUNDLED, DEMO, resolve
-from mlx_openelm.quantization import MODES
-from mlx_openelm.shapes import tensor_shapes
-from mlx_openelm.stored_quantization import foreign_method, stored_quantization
+from mlx_openelm.model.quantization import MODES
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .checkpoints import random_checkpoint, widened
 from .peers import OURS

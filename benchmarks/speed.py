@@ -24,7 +24,7 @@ from rich.table import Table
 from mlx_openelm.command import path
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.files import make_directory, read_json
-from mlx_openelm.tokenizer import load_tokenizer
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 from . import machine, startup
 from .models import model_directory

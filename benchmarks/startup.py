@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
 
+from mlx_openelm.checkpoint.hub import resolve
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.hub import resolve
 
 PROMPT = "Once upon a time"
 # What each prints before the text.

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .peers import OURS, PEERS, Workload
 from .results import Trial, Work

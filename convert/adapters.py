@@ -1,8 +1,8 @@
 """Adapters, merged into a checkpoint's weights as their rows are read.
 
-What an adapter is, and the formats of directories, are the runtime's (`mlx_openelm.adapters`,
-`mlx_openelm.adapter_files`). CoreNet saves an adapted model with its base weights in one file, by
-the names that PEFT has in memory.
+What an adapter is, and the formats of directories, are the runtime's (`checkpoint/adapters.py`,
+`checkpoint/adapter_files.py`). CoreNet saves an adapted model with its base weights in one file,
+by the names that PEFT has in memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_openelm.adapter_peft import Parts, Scale, updates
-from mlx_openelm.adapters import Adapter, Update, by_canonical_names, merge
+from mlx_openelm.checkpoint.adapter_peft import Parts, Scale, updates
+from mlx_openelm.checkpoint.adapters import Adapter, Update, by_canonical_names, merge
+from mlx_openelm.checkpoint.safetensors import check_float
 from mlx_openelm.config import OpenELMConfig, descend
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import read_yaml, shown
-from mlx_openelm.safetensors import check_float
 
 from .sources import LazyTensor
 from .sources.lazy import DTYPES, row_count

@@ -10,16 +10,11 @@ from typing import Any
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
-from mlx_openelm.quantization import Scheme
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.quantization import Scheme
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .checkpoint import open_checkpoint
-from .commands.convert import (
-    chat_template_of,
-    generation_config_of,
-    is_instruct,
-    tokenizer_of,
-)
+from .commands.convert import chat_template_of, generation_config_of, is_instruct, tokenizer_of
 from .commands.upload import upload_directory
 from .floats import DTYPES
 from .recipe import Recipe, make_scheme

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_openelm.checkpoint.stored_quantization import stored_quantization
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.files import find_in, read_json
-from mlx_openelm.stored_quantization import stored_quantization
 
 from .outputs import RECORD
 

@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_openelm.adapter_files import is_adapter, open_adapter
-from mlx_openelm.adapter_peft import Scale, alpha_over_rank, split
+from mlx_openelm.checkpoint.adapter_files import is_adapter, open_adapter
+from mlx_openelm.checkpoint.adapter_peft import Scale, alpha_over_rank, split
+from mlx_openelm.checkpoint.hub import resolve_source
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD, map_names, with_embeddings
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import user_path
-from mlx_openelm.hub import resolve_source
-from mlx_openelm.names import EMBEDDINGS, HEAD, map_names, with_embeddings
-from mlx_openelm.tokenizer_files import tokenizer_file
+from mlx_openelm.tokenizer.files import tokenizer_file
 
 from .adapters import corenet_adapter, corenet_scale, merge_adapter
 from .geometry import infer_config

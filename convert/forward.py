@@ -9,12 +9,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_openelm.backends import cpu
-from mlx_openelm.buffers import view
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.names import EMBEDDINGS, HEAD
-from mlx_openelm.network import attention, feed_forward
-from mlx_openelm.quantization import Matrix
-from mlx_openelm.weights import Layer
+from mlx_openelm.model.buffers import view
+from mlx_openelm.model.network import attention, feed_forward
+from mlx_openelm.model.quantization import Matrix
+from mlx_openelm.model.weights import Layer
 
 from .sources import LazyTensor
 

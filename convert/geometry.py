@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 _LAYER = re.compile(r"transformer\.layers\.([0-9]+)\.")
 _DIVISOR = 256  # of the published models, a power of two

@@ -8,10 +8,10 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mlx_openelm.chat_files import LEGACY_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, find_in, parse_json, read_json, read_range
-from mlx_openelm.tokenizer_files import CARRIED, GENERATION
+from mlx_openelm.tokenizer.chat_files import LEGACY_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
+from mlx_openelm.tokenizer.files import CARRIED, GENERATION
 
 PROGRAM = "mlx-openelm"
 MARK = {"writer": PROGRAM}

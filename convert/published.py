@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 
 def published_name(config: OpenELMConfig) -> str | None:

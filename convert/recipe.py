@@ -10,8 +10,8 @@ from pathlib import Path
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import read_json, shown
-from mlx_openelm.quantization import MODES, Quantization, Scheme
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.quantization import MODES, Quantization, Scheme
+from mlx_openelm.model.shapes import tensor_shapes
 
 KEEP = "keep"
 KEEP_EMBEDDINGS: tuple[tuple[str, Scheme | None], ...] = (

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_openelm.checkpoint.hub import MODEL_FILES, PICKLED_FILES
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
-from mlx_openelm.hub import MODEL_FILES, PICKLED_FILES
 
 from .outputs import why_not_ours
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import EMBEDDINGS, HEAD
-from mlx_openelm.quantization import Quantization
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.quantization import Quantization
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .floats import trial_tokens
 from .forward import Stage, stages

@@ -14,22 +14,22 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_openelm import __version__
-from mlx_openelm.checkpoint import METADATA, check_vocabulary, save_config
+from mlx_openelm.checkpoint.directory import METADATA, check_vocabulary, save_config
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD
+from mlx_openelm.checkpoint.safetensors import check_float
+from mlx_openelm.checkpoint.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in
-from mlx_openelm.names import EMBEDDINGS, HEAD
-from mlx_openelm.quantization import Quantization, Scheme, quantize
-from mlx_openelm.safetensors import check_float
-from mlx_openelm.shapes import parameter_count, tensor_shapes
-from mlx_openelm.shards import Spec, new_shards, raw, write_json
-from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
-from mlx_openelm.tokenizer_files import (
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
+from mlx_openelm.model.shapes import parameter_count, tensor_shapes
+from mlx_openelm.tokenizer.files import (
     carry_generation_config,
     find_tokenizer,
     write_tokenizer_files,
 )
+from mlx_openelm.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 from .atomic import new_directory
 from .behind import behind

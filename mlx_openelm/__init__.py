@@ -17,17 +17,17 @@ start.check_python()
 start.guard_imports()
 start.import_mlx()
 
-from .batching import BatchResponse, BatchStats, batch_generate
-from .cache import KVCache
-from .checkpoint import load
+from .checkpoint.directory import load
 from .config import OpenELMConfig
-from .decoding import generate_step
 from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
-from .model import OpenELM
-from .prompt_cache import PromptCache
-from .sampling import make_logits_processors, make_sampler
-from .stream import GenerationResponse
+from .generation.batching import BatchResponse, BatchStats, batch_generate
+from .generation.decoding import generate_step
+from .generation.prompt_cache import PromptCache
+from .generation.sampling import make_logits_processors, make_sampler
+from .generation.stream import GenerationResponse
+from .model.cache import KVCache
+from .model.openelm import OpenELM
 
 if TYPE_CHECKING:
     from .convert import convert

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from .sampling import (
+from .generation.sampling import (
     Draws,
     LogitsProcessor,
     Sampler,
@@ -17,7 +17,7 @@ from .sampling import (
     make_logits_processors,
     make_sampler,
 )
-from .sampling import greedy as greedy_sampler
+from .generation.sampling import greedy as greedy_sampler
 
 __all__ = [
     "LogitsProcessor",

@@ -33,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 from mlx_openelm import OpenELM
-from mlx_openelm.adapter_files import is_adapter, open_adapter, read_safetensors
-from mlx_openelm.adapter_peft import alpha_over_rank, split
-from mlx_openelm.adapters import apply_adapter
 from mlx_openelm.backends import cpu
+from mlx_openelm.checkpoint.adapter_files import is_adapter, open_adapter, read_safetensors
+from mlx_openelm.checkpoint.adapter_peft import alpha_over_rank, split
+from mlx_openelm.checkpoint.adapters import apply_adapter
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS, open_checkpoint
@@ -44,9 +45,8 @@ from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.convert.writer import Options, convert
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import map_names
-from mlx_openelm.quantization import Scheme, quantize
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.quantization import Scheme, quantize
+from mlx_openelm.model.shapes import tensor_shapes
 from tests.checkpoints import EDITS, FIXTURES, Member, mutated, raw, safetensors, unzipped, zipped
 
 SECONDS, MEMORY = 10, 1 << 30

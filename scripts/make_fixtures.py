@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 CONFIG = OpenELMConfig.scaled(
     vocab_size=10,

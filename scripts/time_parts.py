@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mlx_openelm.backends import cpu
 from mlx_openelm.backends.cpu import library
-from mlx_openelm.quantization import Matrix, Scheme, quantize
+from mlx_openelm.model.quantization import Matrix, Scheme, quantize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,8 +97,8 @@ def _numpy_product(x: np.ndarray, arrays: Iterator[np.ndarray]) -> None:
 def prompts(name: str, tokens: int) -> None:
     """ms until the first token."""
     from mlx_openelm.benchmarks.models import model_directory
-    from mlx_openelm.checkpoint import load_model
-    from mlx_openelm.decoding import prefill
+    from mlx_openelm.checkpoint.directory import load_model
+    from mlx_openelm.generation.decoding import prefill
 
     model = load_model(model_directory(name))
     prompt = mx.random.randint(3, model.config.vocab_size, (tokens,))
@@ -116,8 +116,8 @@ DECODE = """
 import sys, time, mlx_openelm
 import mlx.core as mx
 from mlx_openelm.benchmarks.models import model_directory
-from mlx_openelm.checkpoint import load_model
-from mlx_openelm.decoding import generate_step
+from mlx_openelm.checkpoint.directory import load_model
+from mlx_openelm.generation.decoding import generate_step
 model = load_model(model_directory(sys.argv[1]))
 def run():
     steps = generate_step(mx.arange(5, 13), model, max_tokens=100)

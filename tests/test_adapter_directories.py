@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 
 from mlx_openelm import InputError, OpenELM, OpenELMError, generate, load
-from mlx_openelm.adapter_files import open_adapter, read_safetensors
-from mlx_openelm.adapters import apply_adapter
-from mlx_openelm.checkpoint import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.adapter_files import open_adapter, read_safetensors
+from mlx_openelm.checkpoint.adapters import apply_adapter
+from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert import checkpoint as checkpoint_module
 from mlx_openelm.convert.adapters import product
 from mlx_openelm.convert.checkpoint import READERS, Checkpoint, open_checkpoint
 from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.names import map_names
-from mlx_openelm.quantization import Quantization, Scheme, quantize
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
 
 from .conftest import Run
 from .models import CONFIGS, random_model

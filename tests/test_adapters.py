@@ -12,14 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm.adapter_files import open_adapter
-from mlx_openelm.adapter_peft import alpha_over_rank, split
-from mlx_openelm.checkpoint import load_model, read_arrays
+from mlx_openelm.checkpoint.adapter_files import open_adapter
+from mlx_openelm.checkpoint.adapter_peft import alpha_over_rank, split
+from mlx_openelm.checkpoint.directory import load_model, read_arrays
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.convert.adapters import corenet_adapter, merge_adapter
 from mlx_openelm.convert.checkpoint import READERS
 from mlx_openelm.convert.sources import LazyTensor, open_source
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import map_names
 
 from .conftest import Run
 from .models import CONFIGS

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_openelm import InputError
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import load_tokenizer
-from mlx_openelm.tokenizer_files import carry_tokenizer, write_tokenizer_files
+from mlx_openelm.checkpoint.hub import DEMO
+from mlx_openelm.tokenizer.files import carry_tokenizer, write_tokenizer_files
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 MODEL = DEMO / "demo"
 SIZE = 4096  # pieces of the demo's tokenizer

@@ -21,14 +21,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import files, shards
+from mlx_openelm import files
+from mlx_openelm.checkpoint import shards
+from mlx_openelm.checkpoint.hub import BUNDLED
 from mlx_openelm.convert import atomic, rename
 from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.outputs import FILES, MARK, RECORD, files_in, starts_like, why_not_ours
 from mlx_openelm.convert.targets import check_directory
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.hub import BUNDLED
 
 from .conftest import Run
 

@@ -18,10 +18,10 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
-from mlx_openelm.batching import batch_generate_step
-from mlx_openelm.decoding import generate_step
-from mlx_openelm.sampling import LogitsProcessor
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.generation.batching import batch_generate_step
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.sampling import LogitsProcessor
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from . import bounds
 

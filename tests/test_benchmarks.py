@@ -11,7 +11,7 @@ from mlx_openelm.benchmarks import conversion
 from mlx_openelm.benchmarks.checkpoints import random_checkpoint
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .conftest import Run
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_openelm import InputError, KVCache, OpenELM
-from mlx_openelm.buffers import KEPT_TOKENS, SLIDING_STEP
-from mlx_openelm.cache import FIRST_CAPACITY, merge
 from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.model.buffers import KEPT_TOKENS, SLIDING_STEP
+from mlx_openelm.model.cache import FIRST_CAPACITY, merge
 from mlx_openelm.models.cache import trim_prompt_cache
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from . import bounds, reference
 from .models import CONFIGS, UNEVEN, random_model

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from mlx_openelm import InputError, chat
-from mlx_openelm.chat import CHAT_TEMPLATE, render_chat
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
-from mlx_openelm.tokenizer_files import carry_tokenizer, write_tokenizer_files
+from mlx_openelm import InputError
+from mlx_openelm.checkpoint.hub import DEMO
+from mlx_openelm.tokenizer import chat
+from mlx_openelm.tokenizer.chat import CHAT_TEMPLATE, render_chat
+from mlx_openelm.tokenizer.files import carry_tokenizer, write_tokenizer_files
+from mlx_openelm.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # In the manner of the families that they are named after
 TEMPLATES = {

@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import InputError, OpenELM, device, load, stream_generate
-from mlx_openelm.checkpoint import load_model, read_arrays, save_model
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.quantization import Quantization, Scheme, quantize
+from mlx_openelm import InputError, OpenELM, load, stream_generate
+from mlx_openelm.backends import device
+from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
 
 from .models import CONFIGS, random_model
 

@@ -9,23 +9,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import (
-    InputError,
-    OpenELM,
-    OpenELMError,
-    load,
-    make_sampler,
-)
-from mlx_openelm.batching import batch_generate_step
+from mlx_openelm import InputError, OpenELM, OpenELMError, load, make_sampler
+from mlx_openelm.backends.device import Policy
 from mlx_openelm.benchmarks.roofline import count_primitives
-from mlx_openelm.checkpoint import save_model
-from mlx_openelm.choosing import begin, choose
-from mlx_openelm.decoding import generate_step
-from mlx_openelm.device import Policy
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.quantization import Quantization, Scheme, quantize
-from mlx_openelm.speculative import speculative_generate_step
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.checkpoint.directory import save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.generation.batching import batch_generate_step
+from mlx_openelm.generation.choosing import begin, choose
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.speculative.loop import speculative_generate_step
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from . import reference
 from .models import CONFIGS, UNEVEN, random_model

@@ -187,7 +187,7 @@ def test_only_the_same_work_is_compared() -> None:
 
 SITE = """
 import os, time
-import mlx_openelm.decoding as decoding
+import mlx_openelm.generation.decoding as decoding
 
 real = decoding.generate_step
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.checkpoint import load_model, read_arrays
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.tokenizer import CHAT_TEMPLATE
+from mlx_openelm.checkpoint.directory import load_model, read_arrays
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.tokenizer.tokenizer import CHAT_TEMPLATE
 
 from . import bounds, reference
 from .conftest import Run

@@ -13,8 +13,8 @@ import pytest
 
 import mlx_openelm
 from mlx_openelm import InputError, OpenELM, generate, load
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.checkpoint.hub import DEMO
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 SOURCE = DEMO / "demo"
 IMPORTS = """

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, device
-from mlx_openelm.backends import cpu
+from mlx_openelm import InputError
+from mlx_openelm.backends import cpu, device
 from mlx_openelm.backends.cpu import library
-from mlx_openelm.quantization import Matrix, Scheme, quantize
+from mlx_openelm.model.quantization import Matrix, Scheme, quantize
 
 from .models import CONFIGS, random_model
 
@@ -274,7 +274,7 @@ import resource
 import mlx.core as mx
 from mlx_openelm import OpenELMError
 from mlx_openelm.backends import cpu
-from mlx_openelm.quantization import Matrix
+from mlx_openelm.model.quantization import Matrix
 
 def ones(rows, columns, dtype=mx.float32):
     array = mx.ones((rows, columns), dtype)

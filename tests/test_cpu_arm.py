@@ -12,13 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import OpenELM, OpenELMConfig, device
-from mlx_openelm.backends import cpu
+from mlx_openelm import OpenELM, OpenELMConfig
+from mlx_openelm.backends import cpu, device
 from mlx_openelm.backends.cpu import library
-from mlx_openelm.cache import KVCache
 from mlx_openelm.dtypes import dtype_name
-from mlx_openelm.quantization import Matrix, Quantization, Scheme, quantize
-from mlx_openelm.weights import random_arrays
+from mlx_openelm.model.cache import KVCache
+from mlx_openelm.model.quantization import Matrix, Quantization, Scheme, quantize
+from mlx_openelm.model.weights import random_arrays
 
 SOURCES = Path(library.__file__).parent / "src"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

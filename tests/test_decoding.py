@@ -20,9 +20,9 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
-from mlx_openelm.decoding import generate_step, prefill
-from mlx_openelm.options import Keywords, Options
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.generation.decoding import generate_step, prefill
+from mlx_openelm.generation.options import Keywords, Options
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from . import bounds
 from .models import CONFIGS, random_model

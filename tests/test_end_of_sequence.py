@@ -14,9 +14,9 @@ from convert.export import export
 from convert.sources import open_source
 from convert.writer import Options, convert
 from mlx_openelm import InputError, load
+from mlx_openelm.checkpoint.hub import DEMO
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import load_tokenizer
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 from .conftest import Run
 

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from mlx_openelm import OpenELM, OpenELMConfig, config, generate
-from mlx_openelm.checkpoint import load_model, read_arrays, save_config, save_model
+from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_config, save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.convert.__main__ import main
 from mlx_openelm.convert.export import export
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.names import map_names
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .conftest import Run
 from .models import CONFIGS, random_model

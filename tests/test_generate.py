@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_openelm import OpenELM, generate
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.tokenizer import CHAT_TEMPLATE, Tokenizer
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.tokenizer.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 from .conftest import Run
 

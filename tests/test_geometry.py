@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.config import PUBLISHED, OpenELMConfig
 from mlx_openelm.convert.geometry import infer_config
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import map_names
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .checkpoints import FIXTURES
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from mlx_openelm import OpenELM, OpenELMConfig, generate
-from mlx_openelm.checkpoint import save_model
+from mlx_openelm.checkpoint.directory import save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
 from mlx_openelm.convert.export import export, gguf
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.tokenizer import Tokenizer, load_tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 from .test_tokenizer import SENTENCES, train
 

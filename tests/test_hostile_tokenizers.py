@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mlx_openelm import InputError
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import load_tokenizer
-from mlx_openelm.tokenizer_files import write_tokenizer_files
+from mlx_openelm.checkpoint.hub import DEMO
+from mlx_openelm.tokenizer.files import write_tokenizer_files
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 from .checkpoints import EDITS, mutated
 

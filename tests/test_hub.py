@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_openelm.checkpoint.hub import BUNDLED
 from mlx_openelm.convert.card import model_card
 from mlx_openelm.convert.commands.upload import upload_directory
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import BUNDLED
 
 from .conftest import Run
 
@@ -234,7 +234,7 @@ UPLOADS = [
 ASK = """
 import sys
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import resolve, upload
+from mlx_openelm.checkpoint.hub import resolve, upload
 for i in range(int(sys.argv[2])):
     try:
         upload(f"cases/n{i}", {}, False) if sys.argv[1] == "upload" else resolve(f"cases/n{i}")

@@ -14,9 +14,9 @@ import pytest
 
 import mlx_openelm
 from mlx_openelm import InputError, KVCache, PromptCache
-from mlx_openelm.decoding import generate_step
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.speculative.loop import speculative_generate_step
 from mlx_openelm.models.cache import make_prompt_cache
-from mlx_openelm.speculative import speculative_generate_step
 
 from .models import CONFIGS, random_model
 from .test_model import POLICIES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_openelm.memory import available_memory
+from mlx_openelm.backends.memory import available_memory
 
 MB = 1 << 20
 

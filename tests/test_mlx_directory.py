@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from mlx_openelm import OpenELMConfig, config, load
-from mlx_openelm.checkpoint import load_model, read_arrays
+from mlx_openelm.checkpoint.directory import load_model, read_arrays
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.checkpoint.names import map_names
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.names import map_names
-from mlx_openelm.quantization import MODES, Quantization, Scheme, quantize
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.quantization import MODES, Quantization, Scheme, quantize
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .conftest import Run
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from mlx_openelm.hub import DEMO
+from mlx_openelm.checkpoint.hub import DEMO
 
 pytest.importorskip("mlx_lm")
 

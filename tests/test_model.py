@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, OpenELMError, device, load
-from mlx_openelm.backends import cpu
-from mlx_openelm.cache import FIRST_CAPACITY
+from mlx_openelm import InputError, OpenELM, OpenELMError, load
+from mlx_openelm.backends import cpu, device
 from mlx_openelm.dtypes import dtype_name
-from mlx_openelm.model import LENGTHS, SHORT
-from mlx_openelm.quantization import Quantization, Scheme, quantize
+from mlx_openelm.model.cache import FIRST_CAPACITY
+from mlx_openelm.model.openelm import LENGTHS, SHORT
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
 
 from . import bounds, reference
 from .models import CONFIGS, UNEVEN, random_model

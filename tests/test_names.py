@@ -6,11 +6,11 @@ import time
 
 import pytest
 
+from mlx_openelm.checkpoint.names import CANONICAL, canonical_name, map_names
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import CANONICAL, canonical_name, map_names
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.model.shapes import tensor_shapes
 
 from .checkpoints import FIXTURES
 

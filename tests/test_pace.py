@@ -9,7 +9,14 @@ from statistics import mean
 
 import pytest
 
-from mlx_openelm.pace import ENOUGH, LENGTHS, PLAIN, Costs, Kind, Pace
+from mlx_openelm.generation.speculative.draft_length import (
+    ENOUGH,
+    LENGTHS,
+    PLAIN,
+    Costs,
+    Kind,
+    Pace,
+)
 
 KIND = Kind("model")
 COSTS = [(0.2, 0.2), (0.1, 0.05), (0.5, 0.3)]  # of verifying, and of each drafted token

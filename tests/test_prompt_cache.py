@@ -23,16 +23,16 @@ from mlx_openelm import (
     OpenELM,
     OpenELMConfig,
     PromptCache,
-    cache_file,
     generate,
     make_logits_processors,
     stream_generate,
 )
-from mlx_openelm.decoding import generate_step, prefill
-from mlx_openelm.hub import DEMO
+from mlx_openelm.checkpoint.hub import DEMO
+from mlx_openelm.generation import cache_file
+from mlx_openelm.generation.decoding import generate_step, prefill
+from mlx_openelm.generation.prompt_cache import fingerprint
 from mlx_openelm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
-from mlx_openelm.prompt_cache import fingerprint
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .conftest import Run
 from .models import CONFIGS, UNEVEN, random_model

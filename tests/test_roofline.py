@@ -5,14 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import device
-from mlx_openelm.backends import cpu
+from mlx_openelm.backends import cpu, device
 from mlx_openelm.benchmarks import roofline
 from mlx_openelm.benchmarks.calibration import bandwidth, matmul, short
 from mlx_openelm.benchmarks.models import target
 from mlx_openelm.benchmarks.results import Calibration, Limit, Model, Work
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.quantization import Matrix
+from mlx_openelm.model.quantization import Matrix
 
 # Two layers; by hand: matrices 40·64 + 2·(64·(2+2)·16 + 2·16·64 + 2·64·64 + 64·64)
 CONFIG = OpenELMConfig(

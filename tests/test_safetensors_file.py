@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_openelm import safetensors as headers
+from mlx_openelm.checkpoint import safetensors as headers
+from mlx_openelm.checkpoint.safetensors import MAX_HEADER
 from mlx_openelm.convert.sources import open_source, safetensors_file
 from mlx_openelm.convert.sources.lazy import DTYPES
 from mlx_openelm.convert.sources.safetensors_file import open_safetensors
 from mlx_openelm.errors import InputError
-from mlx_openelm.safetensors import MAX_HEADER
 
 from .checkpoints import EDITS, mutated, raw, safetensors
 

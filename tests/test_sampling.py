@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_openelm import InputError, make_logits_processors, make_sampler
-from mlx_openelm.sampling import Draws, Xtc, keep_min_p, keep_top_k, keep_top_p
+from mlx_openelm.generation.sampling import Draws, Xtc, keep_min_p, keep_top_k, keep_top_p
 
 logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40, unique=True).map(
     lambda row: np.array([row], np.float32)

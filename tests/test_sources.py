@@ -15,11 +15,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_openelm.checkpoint.hub import resolve, resolve_source, resolve_tokenizer
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.convert.atomic import new_directory, new_files
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.hub import resolve, resolve_source, resolve_tokenizer
 
 from .checkpoints import tensor, torch_file
 

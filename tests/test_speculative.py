@@ -24,15 +24,15 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
-from mlx_openelm.checkpoint import load_draft
-from mlx_openelm.decoding import generate_step
-from mlx_openelm.drafts import PromptLookup
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.pace import Kind, Pace
-from mlx_openelm.shapes import tensor_shapes
-from mlx_openelm.speculative import Speculation, speculative_generate_step
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.verification import verify
+from mlx_openelm.checkpoint.directory import load_draft
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.speculative.draft_length import Kind, Pace
+from mlx_openelm.generation.speculative.loop import Speculation, speculative_generate_step
+from mlx_openelm.generation.speculative.proposers import PromptLookup
+from mlx_openelm.generation.speculative.verify import verify
+from mlx_openelm.model.shapes import tensor_shapes
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .models import EVEN
 
@@ -276,7 +276,7 @@ def test_sampled_texts_follow_the_distribution_of_the_model(
     prompt = [t for a in range(8) for b in range(a, 8) for t in (a, b)]
     draws, length = 1000, 4
     if rule == "biased":
-        monkeypatch.setattr("mlx_openelm.verification.verify", biased)
+        monkeypatch.setattr("mlx_openelm.generation.speculative.verify.verify", biased)
     options = {"temp": 1.3, "top_k": 3}
     mx.random.seed(3)
     counts: Counter[tuple[int, ...]] = Counter()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_openelm import InputError
-from mlx_openelm.stopping import StopStrings
+from mlx_openelm.generation.stopping import StopStrings
 
 few_letters = st.text("abc", max_size=12)
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm.adapters import Update
+from mlx_openelm.checkpoint.adapters import Update
 from mlx_openelm.convert import adapters
 from mlx_openelm.convert.sources import LazyTensor
 

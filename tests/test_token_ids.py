@@ -19,12 +19,12 @@ from mlx_openelm import (
     make_sampler,
     stream_generate,
 )
-from mlx_openelm.batching import batch_generate_step
-from mlx_openelm.decoding import generate_step
-from mlx_openelm.sampling import occurrences
-from mlx_openelm.speculative import speculative_generate_step
-from mlx_openelm.token_ids import as_token_ids
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.generation.batching import batch_generate_step
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.sampling import occurrences
+from mlx_openelm.generation.speculative.loop import speculative_generate_step
+from mlx_openelm.model.token_ids import as_token_ids
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .models import CONFIGS, EVEN, random_model
 from .test_speculative import Always

@@ -25,9 +25,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_openelm import InputError
-from mlx_openelm.tokenizer import CHAT_TEMPLATE, StreamingDetokenizer, Tokenizer, load_tokenizer
-from mlx_openelm.tokenizer_files import write_tokenizer_files
-from mlx_openelm.vocabulary import from_sentencepiece
+from mlx_openelm.tokenizer.files import write_tokenizer_files
+from mlx_openelm.tokenizer.tokenizer import (
+    CHAT_TEMPLATE,
+    StreamingDetokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from mlx_openelm.tokenizer.vocabulary import from_sentencepiece
 
 SENTENCES = """
 Once upon a time there was a little girl who lived near the forest with her grandmother.
@@ -616,7 +621,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported(tiny: Path) -> None:
     script = (
-        "import sys, mlx_openelm.tokenizer as t\n"
+        "import sys, mlx_openelm.tokenizer.tokenizer as t\n"
         "heavy = {'sentencepiece', 'tokenizers', 'transformers', 'jinja2'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
         "t.load_tokenizer(sys.argv[1]).encode('a')\n"

@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm.checkpoint import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD
 from mlx_openelm.convert.__main__ import main
 from mlx_openelm.convert.floats import trial_tokens
 from mlx_openelm.convert.forward import stages
 from mlx_openelm.convert.sources import open_source
-from mlx_openelm.hub import BUNDLED
-from mlx_openelm.names import EMBEDDINGS, HEAD
-from mlx_openelm.quantization import Matrix
+from mlx_openelm.model.quantization import Matrix
 
 from . import reference
 from .conftest import Run

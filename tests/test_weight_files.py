@@ -15,13 +15,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm.checkpoint import load_model, save_config
+from mlx_openelm.checkpoint.directory import load_model, save_config
+from mlx_openelm.checkpoint.weight_files import find_weights
 from mlx_openelm.convert.checkpoint import open_directory
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.convert.sources.huggingface import open_parts
 from mlx_openelm.errors import InputError
-from mlx_openelm.quantization import Quantization, Scheme, quantize
-from mlx_openelm.weight_files import find_weights
+from mlx_openelm.model.quantization import Quantization, Scheme, quantize
 
 from .checkpoints import tensor, torch_file
 from .conftest import Run

@@ -18,11 +18,11 @@ from mlx_openelm.benchmarks.models import check_memory, model_directory, target
 from mlx_openelm.benchmarks.peers import OURS, PEERS, Workload, is_installed, llama_cpp, ours
 from mlx_openelm.benchmarks.results import Work
 from mlx_openelm.benchmarks.workloads import PROMPTS, Plan, Task, read_off, series, tasks
+from mlx_openelm.checkpoint.hub import DEMO
 from mlx_openelm.config import OpenELMConfig
-from mlx_openelm.decoding import generate_step
 from mlx_openelm.errors import InputError, OpenELMError
-from mlx_openelm.hub import DEMO
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 CONFIG = OpenELMConfig.from_json(DEMO / "demo" / "config.json")
 

@@ -18,14 +18,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import shards
-from mlx_openelm.checkpoint import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint import shards
+from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_model
+from mlx_openelm.checkpoint.hub import BUNDLED
 from mlx_openelm.convert import writer
 from mlx_openelm.convert.behind import behind
 from mlx_openelm.convert.floats import largest
 from mlx_openelm.convert.sources import open_source
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.hub import BUNDLED
 
 from .conftest import Run
 from .models import CONFIGS, random_model

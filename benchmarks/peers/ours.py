@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_openelm import OpenELM, __version__
-from mlx_openelm.batching import batch_generate_step
-from mlx_openelm.checkpoint import load_model
-from mlx_openelm.decoding import generate_step
-from mlx_openelm.hub import resolve
-from mlx_openelm.speculative import Speculation, speculative_generate_step
+from mlx_openelm.checkpoint.directory import load_model
+from mlx_openelm.checkpoint.hub import resolve
+from mlx_openelm.generation.batching import batch_generate_step
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.speculative.loop import Speculation, speculative_generate_step
 
 from . import Measured, Runtime, Workload
 

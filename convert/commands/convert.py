@@ -9,12 +9,12 @@ import sys
 from dataclasses import astuple
 from pathlib import Path
 
+from mlx_openelm.checkpoint.hub import origin, resolve_tokenizer
 from mlx_openelm.command import path, tell
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in, user_path
-from mlx_openelm.hub import origin, resolve_tokenizer
-from mlx_openelm.quantization import MODES, Scheme
-from mlx_openelm.tokenizer_files import GENERATION, first_template
+from mlx_openelm.model.quantization import MODES, Scheme
+from mlx_openelm.tokenizer.files import GENERATION, first_template
 
 from ..floats import DTYPES
 from ..recipe import KEEP_EMBEDDINGS, Recipe, make_scheme, read_recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from mlx_openelm.checkpoint.hub import resolve
 from mlx_openelm.command import path
-from mlx_openelm.hub import resolve
 
 from ..checkpoint import open_directory
 from ..export import FORMATS, write

@@ -8,8 +8,8 @@ import math
 from collections import Counter
 from typing import Any
 
-from mlx_openelm.names import EMBEDDINGS, HEAD
-from mlx_openelm.shapes import tensor_shapes
+from mlx_openelm.checkpoint.names import EMBEDDINGS, HEAD
+from mlx_openelm.model.shapes import tensor_shapes
 
 from ..checkpoint import Checkpoint
 from ..published import published_name

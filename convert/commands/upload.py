@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_openelm.checkpoint import load_model
+from mlx_openelm.checkpoint.directory import load_model
+from mlx_openelm.checkpoint.hub import BUNDLED, upload
+from mlx_openelm.checkpoint.weight_files import find_weights
 from mlx_openelm.command import path
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import MAX_TEXT, file_size, find_in
-from mlx_openelm.hub import BUNDLED, upload
-from mlx_openelm.weight_files import find_weights
 
 from ..card import model_card
 from ..outputs import files_in

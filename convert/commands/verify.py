@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mlx_openelm.checkpoint.hub import resolve
 from mlx_openelm.errors import InputError
-from mlx_openelm.hub import resolve
 
 from ..checkpoint import Checkpoint, open_directory
 from ..verify import TOKENS, Verdict, verify

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_openelm.checkpoint.names import LAYOUTS
+from mlx_openelm.checkpoint.shards import raw
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
-from mlx_openelm.names import LAYOUTS
-from mlx_openelm.shapes import tensor_shapes
-from mlx_openelm.shards import raw
-from mlx_openelm.tokenizer import load_tokenizer
+from mlx_openelm.model.shapes import tensor_shapes
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 from ..atomic import new_files
 from ..checkpoint import Checkpoint

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_openelm.checkpoint.shards import raw
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError, OpenELMError
 from mlx_openelm.files import find_in, read_bytes
-from mlx_openelm.quantization import Quantization, Scheme
-from mlx_openelm.shapes import tensor_shapes
-from mlx_openelm.shards import raw
-from mlx_openelm.tokenizer import load_tokenizer
+from mlx_openelm.model.quantization import Quantization, Scheme
+from mlx_openelm.model.shapes import tensor_shapes
+from mlx_openelm.tokenizer.tokenizer import load_tokenizer
 
 from ..atomic import new_files
 from ..checkpoint import Checkpoint

@@ -11,8 +11,13 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mlx_openelm.errors import InputError
-from mlx_openelm.sentencepiece_model import SPACE, Piece, SentencePieceModel, parse_sentencepiece
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.tokenizer.sentencepiece_model import (
+    SPACE,
+    Piece,
+    SentencePieceModel,
+    parse_sentencepiece,
+)
+from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.checkpoint.shards import Spec, new_shards, raw, write_json
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.dtypes import dtype_name
-from mlx_openelm.shapes import tensor_shapes
-from mlx_openelm.shards import Spec, new_shards, raw, write_json
-from mlx_openelm.tokenizer_files import carry_generation_config, carry_tokenizer
+from mlx_openelm.model.shapes import tensor_shapes
+from mlx_openelm.tokenizer.files import carry_generation_config, carry_tokenizer
 
 from ..atomic import new_directory
 from ..checkpoint import Checkpoint

@@ -8,14 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_openelm.checkpoint.names import map_names, with_embeddings
+from mlx_openelm.checkpoint.stored_quantization import (
+    check_unpacked,
+    foreign_method,
+    stored_quantization,
+)
+from mlx_openelm.checkpoint.weight_files import (
+    APPLE_MLX,
+    PYTORCH,
+    SAFETENSORS,
+    find_weights,
+    join_tensors,
+)
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import find_in, read_json
-from mlx_openelm.names import map_names, with_embeddings
-from mlx_openelm.quantization import Quantization
-from mlx_openelm.stored_quantization import check_unpacked, foreign_method, stored_quantization
-from mlx_openelm.tokenizer_files import tokenizer_file
-from mlx_openelm.weight_files import APPLE_MLX, PYTORCH, SAFETENSORS, find_weights, join_tensors
+from mlx_openelm.model.quantization import Quantization
+from mlx_openelm.tokenizer.files import tokenizer_file
 
 from .lazy import LazyTensor, Source
 from .quantized import dequantized

@@ -10,11 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_openelm.checkpoint.safetensors import BITS
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
-from mlx_openelm.quantization import Quantization
-from mlx_openelm.safetensors import BITS
+from mlx_openelm.model.quantization import Quantization
 
 BLOCK_BYTES = 8 << 20  # of a tensor, in memory at once while converting
 

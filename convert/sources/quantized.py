@@ -7,11 +7,11 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_openelm.checkpoint.names import canonical_name
+from mlx_openelm.checkpoint.stored_quantization import packed_scheme
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
-from mlx_openelm.names import canonical_name
-from mlx_openelm.quantization import PARTS, Quantization, Scheme
-from mlx_openelm.stored_quantization import packed_scheme
+from mlx_openelm.model.quantization import PARTS, Quantization, Scheme
 
 from .lazy import DTYPES, LazyTensor
 

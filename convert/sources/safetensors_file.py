@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_openelm.checkpoint.safetensors import Entry, check_float, read_header
 from mlx_openelm.files import read_range
-from mlx_openelm.safetensors import Entry, check_float, read_header
 
 from .lazy import DTYPES, LazyTensor, item_size, to_array
 

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_openelm.checkpoint.safetensors import MAX_HEADER, check_shape
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, read_range, shown
-from mlx_openelm.safetensors import MAX_HEADER, check_shape
 
 from .lazy import DTYPES, LazyTensor, item_size, to_array
 from .unpickler import StoredTensor, unpickle

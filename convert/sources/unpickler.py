@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from mlx_openelm.checkpoint.safetensors import MAX_DIMENSIONS
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import shown
-from mlx_openelm.safetensors import MAX_DIMENSIONS
 
 from .lazy import DTYPES
 

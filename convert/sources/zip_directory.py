@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_openelm.checkpoint.safetensors import MAX_HEADER
 from mlx_openelm.errors import InputError
 from mlx_openelm.files import file_size, read_range, shown
-from mlx_openelm.safetensors import MAX_HEADER
 
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")

@@ -1,9 +1,9 @@
 """Text from a prompt: `python -m mlx_openelm.generate`, and the function of that name."""
 
-from ..batching import BatchResponse, batch_generate
-from ..decoding import generate_step
-from ..speculative import speculative_generate_step
-from ..stream import GenerationResponse, generate, stream_generate
+from ..generation.batching import BatchResponse, batch_generate
+from ..generation.decoding import generate_step
+from ..generation.speculative.loop import speculative_generate_step
+from ..generation.stream import GenerationResponse, generate, stream_generate
 
 __all__ = [
     "BatchResponse",

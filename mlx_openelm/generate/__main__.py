@@ -19,12 +19,12 @@ from .. import (
     make_logits_processors,
     make_sampler,
 )
-from ..chat import CHAT_TEMPLATE
-from ..checkpoint import load, load_draft
+from ..checkpoint.directory import load, load_draft
+from ..checkpoint.hub import BUNDLED
 from ..command import Parser, add_debug, exit_status, interruptible, path, run, tell, unicode
-from ..hub import BUNDLED
-from ..stream import GenerationResponse, stream_generate, summary
+from ..generation.stream import GenerationResponse, stream_generate, summary
 from ..streams import print_json, read_stdin
+from ..tokenizer.chat import CHAT_TEMPLATE
 
 
 def parser() -> argparse.ArgumentParser:

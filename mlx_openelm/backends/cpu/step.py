@@ -14,11 +14,11 @@ from . import library
 from .library import KINDS
 
 if TYPE_CHECKING:
-    from ...buffers import Buffer
-    from ...cache import KVCache
     from ...config import OpenELMConfig
-    from ...quantization import Matrix, Scheme
-    from ...weights import Weights
+    from ...model.buffers import Buffer
+    from ...model.cache import KVCache
+    from ...model.quantization import Matrix, Scheme
+    from ...model.weights import Weights
 
 PACKED_BITS = (4, 8)
 

@@ -1,0 +1,1 @@
+"""Speculative decoding: several tokens a step."""
