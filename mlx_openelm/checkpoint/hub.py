@@ -10,7 +10,7 @@ from ..files import user_path
 from .hub_errors import explained
 from .weight_files import find_weights
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 BUNDLED = {"demo": DEMO / "demo", "demo-draft": DEMO / "demo-draft"}
 
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")

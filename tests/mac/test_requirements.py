@@ -126,7 +126,7 @@ def test_a_wheel_for_macs_is_pure_and_needs_no_compiler(tmp_path: Path) -> None:
     [file] = (tmp_path / "dist").iterdir()
     assert file.name.endswith("-py3-none-any.whl")
     names = ZipFile(file).namelist()
-    assert "mlx_openelm/network.py" in names
+    assert "mlx_openelm/model/network.py" in names
     assert not [name for name in names if name.endswith((".so", ".c", ".cpp", ".h"))]
 
 
