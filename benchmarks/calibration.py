@@ -16,7 +16,8 @@ from functools import cache
 
 import mlx.core as mx
 
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import device
+from mlx_openelm.backends import cpu
 from mlx_openelm.model.quantization import Matrix, Scheme, quantize
 
 from .results import Calibration

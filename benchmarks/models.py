@@ -10,8 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm import __version__
-from mlx_openelm.backends import device
+from mlx_openelm import __version__, device
 from mlx_openelm.backends.cpu import PACKED_BITS
 from mlx_openelm.checkpoint.directory import read_config, read_entries
 from mlx_openelm.checkpoint.hub import BUNDLED, DEMO, resolve

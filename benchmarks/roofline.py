@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_openelm.backends import device
+from mlx_openelm import device
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.model.shapes import tensor_shapes

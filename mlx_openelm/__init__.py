@@ -23,11 +23,11 @@ from .errors import InputError, OpenELMError
 from .generate import generate, stream_generate
 from .generation.batching import BatchResponse, BatchStats, batch_generate
 from .generation.decoding import generate_step
-from .generation.prompt_cache import PromptCache
 from .generation.sampling import make_logits_processors, make_sampler
 from .generation.stream import GenerationResponse
 from .model.cache import KVCache
 from .model.openelm import OpenELM
+from .prompt_cache.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from .convert import convert

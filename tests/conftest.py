@@ -15,8 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A GPU may multiply float32 matrices in TF32, unless MLX finds this at its first product.
 os.environ["MLX_ENABLE_TF32"] = "0"
 
-from mlx_openelm import OpenELM, load
-from mlx_openelm.backends import device
+from mlx_openelm import OpenELM, device, load
 from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from . import strict

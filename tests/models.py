@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.backends.device import Policy
+from mlx_openelm.device import Policy
 
 from . import reference
 

@@ -14,8 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import InputError, OpenELM, load, stream_generate
-from mlx_openelm.backends import device
+from mlx_openelm import InputError, OpenELM, device, load, stream_generate
 from mlx_openelm.checkpoint.directory import load_model, read_arrays, save_model
 from mlx_openelm.checkpoint.hub import BUNDLED
 from mlx_openelm.model.quantization import Quantization, Scheme, quantize
@@ -240,7 +239,8 @@ def test_the_demo_is_small_and_can_be_quantized() -> None:
 
 SLOW = """
 import sys, time
-from mlx_openelm import checkpoint, tokenizer
+from mlx_openelm.checkpoint import directory
+from mlx_openelm.tokenizer import tokenizer
 from mlx_openelm.errors import InputError
 
 def slow(*_, **__):
@@ -250,9 +250,9 @@ def slow(*_, **__):
 def fails(*_, **__):
     raise InputError("bad weights")
 
-tokenizer.load_tokenizer, checkpoint.load_model = slow, fails
+tokenizer.load_tokenizer, directory.load_model = slow, fails
 try:
-    checkpoint.load("demo")
+    directory.load("demo")
 except InputError as error:
     print(error, flush=True)
     sys.exit(2)

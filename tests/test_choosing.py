@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_openelm import InputError, OpenELM, OpenELMError, load, make_sampler
-from mlx_openelm.backends.device import Policy
 from mlx_openelm.benchmarks.roofline import count_primitives
 from mlx_openelm.checkpoint.directory import save_model
 from mlx_openelm.checkpoint.hub import BUNDLED
+from mlx_openelm.device import Policy
 from mlx_openelm.generation.batching import batch_generate_step
 from mlx_openelm.generation.choosing import begin, choose
 from mlx_openelm.generation.decoding import generate_step

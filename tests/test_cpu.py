@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import InputError, device
+from mlx_openelm.backends import cpu
 from mlx_openelm.backends.cpu import library
 from mlx_openelm.model.quantization import Matrix, Scheme, quantize
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import OpenELM, OpenELMConfig, device
+from mlx_openelm.backends import cpu
 from mlx_openelm.backends.cpu import library
 from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.model.cache import KVCache

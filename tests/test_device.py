@@ -5,8 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_openelm import InputError
-from mlx_openelm.backends import device
+from mlx_openelm import InputError, device
 from mlx_openelm.checkpoint.hub import BUNDLED
 
 from .conftest import Run

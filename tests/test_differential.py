@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import OpenELM, OpenELMConfig, device
+from mlx_openelm.backends import cpu
 from mlx_openelm.model.buffers import KEPT_TOKENS, read
 from mlx_openelm.model.cache import KVCache
 from mlx_openelm.model.quantization import MODES, Quantization, Scheme, quantize

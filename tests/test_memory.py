@@ -98,7 +98,7 @@ def test_the_least_of_what_is_left(name: str, tmp_path: Path) -> None:
 def test_the_process_may_have_limits(limit: int, used: str, tmp_path: Path) -> None:
     root = system(tmp_path, {"proc/self/status": f"{used}:\t  102400 kB"})
     code = (
-        f"import resource, sys; from pathlib import Path; from mlx_openelm import memory\n"
+        f"import resource, sys; from pathlib import Path; from mlx_openelm.backends import memory\n"
         f"resource.setrlimit({limit}, ({8 << 30}, {8 << 30}))\n"
         f"print(memory.available_memory(Path({str(root)!r})))"
     )

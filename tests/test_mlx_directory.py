@@ -131,7 +131,7 @@ def test_a_quantized_model_is_verified_within_its_bound(
         mx.save_safetensors(str(file), arrays)
         result = run(MODULE, "verify", directory, "--against", DEMO)
         assert result.returncode == 1
-        assert "first at layer 2" in result.stdout
+        assert "transformer.layers.2.ffn.proj_1.weight differs" in result.stdout
 
 
 def test_the_chat_template_stays(run: Run, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_openelm import InputError, OpenELM, OpenELMError, load
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import InputError, OpenELM, OpenELMError, device, load
+from mlx_openelm.backends import cpu
 from mlx_openelm.dtypes import dtype_name
 from mlx_openelm.model.cache import FIRST_CAPACITY
 from mlx_openelm.model.openelm import LENGTHS, SHORT

@@ -28,10 +28,10 @@ from mlx_openelm import (
     stream_generate,
 )
 from mlx_openelm.checkpoint.hub import DEMO
-from mlx_openelm.generation import cache_file
 from mlx_openelm.generation.decoding import generate_step, prefill
-from mlx_openelm.generation.prompt_cache import fingerprint
 from mlx_openelm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_openelm.prompt_cache import cache_file
+from mlx_openelm.prompt_cache.prompt_cache import fingerprint
 from mlx_openelm.tokenizer.tokenizer import Tokenizer
 
 from .conftest import Run

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_openelm.backends import cpu, device
+from mlx_openelm import device
+from mlx_openelm.backends import cpu
 from mlx_openelm.benchmarks import roofline
 from mlx_openelm.benchmarks.calibration import bandwidth, matmul, short
 from mlx_openelm.benchmarks.models import target

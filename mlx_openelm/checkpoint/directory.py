@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 
-from ..backends import device
+from .. import device
 from ..config import OpenELMConfig
 from ..errors import InputError, OpenELMError
 from ..files import find_in, read_json

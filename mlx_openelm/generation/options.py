@@ -13,7 +13,7 @@ from ..model.openelm import OpenELM
 from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
-    from .prompt_cache import PromptCache
+    from ..prompt_cache.prompt_cache import PromptCache
     from .speculative.draft_length import Pace
 
 Progress = Callable[[int, int], None]
@@ -182,7 +182,7 @@ def given_cache(given: PromptCache | KVCache | Sequence[Any], most: int = 1) -> 
     Raises:
         InputError: when it is something else.
     """
-    from .prompt_cache import PromptCache
+    from ..prompt_cache.prompt_cache import PromptCache
 
     if isinstance(given, PromptCache):
         return given.cache
@@ -208,7 +208,7 @@ def fits(cache: KVCache, model: OpenELM) -> None:
     if (cache.config, cache.dtype) != (model.config, model.dtype):
         raise InputError("the prompt cache is of a model of another geometry or dtype")
     if cache.made_for is not None:
-        from .fingerprint import fingerprint
+        from ..prompt_cache.fingerprint import fingerprint
 
         if fingerprint(cache.made_for) != fingerprint(model):
             raise InputError("the prompt cache is another model's")

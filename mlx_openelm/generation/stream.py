@@ -14,9 +14,9 @@ from ..errors import InputError
 from ..model.cache import KVCache
 from ..model.openelm import OpenELM
 from ..model.token_ids import as_prompt
+from ..prompt_cache.prompt_cache import PromptCache
 from .decoding import plain_steps, token_limit
 from .options import Keywords, Options
-from .prompt_cache import PromptCache
 from .stopping import StopStrings
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from ..backends import cpu, device
+from .. import device
+from ..backends import cpu
 from ..config import OpenELMConfig
 from ..errors import InputError, OpenELMError
 from . import network

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ..errors import InputError
-from ..generation.cache_file import read_cache, write_cache
 from ..generation.options import given_cache
 from ..model.cache import KVCache
 from ..model.openelm import OpenELM
+from ..prompt_cache.cache_file import read_cache, write_cache
 
 __all__ = [
     "KVCache",
@@ -53,7 +53,7 @@ def save_prompt_cache(
         InputError: when it can't be written there, the context slides, or the cache wasn't made by
             `make_prompt_cache` (then nothing says which model it is of).
     """
-    from ..generation.fingerprint import fingerprint
+    from ..prompt_cache.fingerprint import fingerprint
 
     one = given_cache(cache)
     if one.made_for is None:

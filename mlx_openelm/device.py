@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..dtypes import dtype_name
-from ..errors import InputError
-from . import cpu
-from .memory import available_memory
+from .backends import cpu
+from .backends.memory import available_memory
+from .dtypes import dtype_name
+from .errors import InputError
 
 VARIABLE = "MLX_OPENELM_POLICY"  # "gpu": a GPU's policy on any device
 COMPILE_AFTER = 2  # a length that has come twice will come again
