@@ -24,7 +24,8 @@ class Choice(NamedTuple):
     Attributes:
         tokens: [n] integers.
         logprobs: [n, vocab] float32, log-probabilities of all tokens; not computed until used.
-        norms: [n], logsumexp of the logits: not finite where no token could be chosen.
+        norms: [n], logsumexp of the logits, of greedy choices their maximum: not finite where no
+            token could be chosen. (MLX's maximum of NaN is NaN on every backend.)
         logits: [n, vocab], as the model gave them.
     """
 
@@ -80,7 +81,7 @@ def choose(
     logits = logits[:, :vocab_size]
     changed = _processed(logits, processors, texts)
     if draw is greedy:  # needs neither log-probabilities nor float32
-        tokens, norms = greedy(changed), mx.logsumexp(changed, axis=-1)
+        tokens, norms = greedy(changed), mx.max(changed, axis=-1)
         logprobs = _log_softmax(changed)
     else:
         wide = changed.astype(mx.float32)

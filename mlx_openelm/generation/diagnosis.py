@@ -32,7 +32,7 @@ def explain(model: OpenELM, text: Sequence[int], logits: mx.array, norm: float) 
         model: whose logits they are.
         text: the token ids they follow, as far as they are known.
         logits: [vocab], as the model gave them.
-        norm: logsumexp of the logits as the logits processors changed them.
+        norm: logsumexp or maximum of the logits as the logits processors changed them.
     """
     if _finite(logits):
         if norm == -math.inf:
