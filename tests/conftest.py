@@ -33,7 +33,7 @@ if AS_ON_A_GPU:
 # of their own, which works everywhere.
 WITHOUT_THE_POLICY = """
     added_tokens atomic chat cpu cpu_arm differential hostile_tokenizers memory
-    compare config geometry hub machine names pace packaging progress report results roofline
+    architecture compare config geometry hub machine names pace packaging progress report results roofline
     safetensors_file sources stopping tokenizer torch_file unpickler workloads
 """
 collect_ignore = [f"test_{name}.py" for name in WITHOUT_THE_POLICY.split() if AS_ON_A_GPU]
