@@ -32,8 +32,8 @@ if AS_ON_A_GPU:
 # CPU's own. `atomic` kills processes at Linux's system calls; its tests of macOS's bring a library
 # of their own, which works everywhere.
 WITHOUT_THE_POLICY = """
-    added_tokens atomic chat cpu cpu_arm differential hostile_tokenizers memory
-    architecture compare config geometry hub machine names pace packaging progress report results roofline
+    added_tokens architecture atomic chat cpu cpu_arm differential hostile_tokenizers memory
+    compare config geometry hub machine names pace packaging progress report results roofline
     safetensors_file sources stopping tokenizer torch_file unpickler workloads
 """
 collect_ignore = [f"test_{name}.py" for name in WITHOUT_THE_POLICY.split() if AS_ON_A_GPU]
