@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(HAS_F16C)
 #include <immintrin.h>
 #endif
 
@@ -44,7 +44,7 @@ INLINE words load_halves(const std::uint16_t* p) {
 INLINE vec load_bfloat16(const std::uint16_t* p) { return (vec)(load_halves(p) << 16); }
 
 INLINE vec load_float16(const std::uint16_t* p) {
-#if defined(__F16C__)
+#if defined(HAS_F16C)
   return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__aarch64__)
   typedef __fp16 floats __attribute__((vector_size(LANES * 2)));
